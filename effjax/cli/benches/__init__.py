@@ -1,0 +1,1 @@
+"""The suites of `effjax bench`, one a file."""

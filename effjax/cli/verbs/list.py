@@ -1,0 +1,41 @@
+"""What there is, one line each: configs, mixers, optimizers, transforms, ...
+
+Examples:
+  effjax list                  everything, by topic
+  effjax list transforms       one topic
+  effjax list mixers --json    for machines
+"""
+
+import argparse
+import json
+import shutil
+
+from effjax.cli import catalog
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the arguments of the verb."""
+  parser.add_argument(
+    "topic", nargs="?", help=f"one of: {', '.join(catalog.topics())}; default: all"
+  )
+  parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+  """Runs the verb."""
+  topics = [args.topic] if args.topic else catalog.topics()
+  found = {topic: catalog.entries(topic) for topic in topics}
+  if args.json:
+    print(json.dumps(found[args.topic] if args.topic else found, indent=2))
+    return
+  columns = shutil.get_terminal_size((100, 24)).columns
+  width = max([len(name) for names in found.values() for name in names] or [0])
+  for topic, names in found.items():
+    if not args.topic:
+      print(f"{topic}:")
+    indent = "" if args.topic else "  "
+    for name, summary in names.items():
+      line = f"{indent}{name:<{width}}  {summary}"
+      print(line if len(line) <= columns else line[: columns - 3] + "...")
+    if not names:
+      print(f"{indent}(none here)")

@@ -1,0 +1,1 @@
+"""Transforms that make a model cheaper without training it."""

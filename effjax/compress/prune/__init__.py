@@ -1,0 +1,1 @@
+"""Pruning: parameters to zeros, one score a file."""

@@ -1,0 +1,1 @@
+"""Quantization: parameters to integer codes, one rounding a file."""

@@ -1,0 +1,139 @@
+"""Layers that differ: maximal runs of equal layers are scanned, and can be taken apart.
+
+A scanned model keeps the parameters of layer `run.start + s * period + j` at index `s`
+of the leading axis of `run_<i>/layer_<j>/...`. Taken apart, the same layer stands at
+`layer_<k>/...` with no stacked axis, and the model that fits is the unrolled one. That
+per-layer view is what layer-wise transforms work on and what decoding runs.
+"""
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core import tree as tree_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """`repeats` scanned repetitions of a body of `period` layers (counts)."""
+
+  period: int
+  repeats: int
+
+  @property
+  def num_layers(self) -> int:
+    """Layers in the run."""
+    return self.period * self.repeats
+
+
+@runtime_checkable
+class Layered(Protocol):
+  """A model made of layers; what unstack and restack need to know of it."""
+
+  @property
+  def runs(self) -> tuple[Run, ...] | None:
+    """The scanned runs, or None when every layer stands alone (unrolled)."""
+
+  @property
+  def layer_keys(self) -> tuple[Hashable, ...]:
+    """One key a layer; layers of equal keys are built equal."""
+
+  def with_runs(self, runs: tuple[Run, ...] | None) -> "Layered":
+    """The same model, scanned differently."""
+
+
+Model = TypeVar("Model", bound=Layered)
+
+
+def find_runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
+  """Splits layers into maximal runs: repeats of one layer or of a pattern of layers.
+
+  From each position the body that covers most layers wins, the shortest first.
+  """
+  runs = []
+  start = 0
+  while start < len(keys):
+    best = Run(1, 1)
+    for period in range(1, (len(keys) - start) // 2 + 1):
+      body = tuple(keys[start : start + period])
+      repeats = 1
+      while tuple(keys[start + repeats * period :][:period]) == body:
+        repeats += 1
+      if repeats > 1 and period * repeats > best.num_layers:
+        best = Run(period, repeats)
+    runs.append(best)
+    start += best.num_layers
+  return tuple(runs)
+
+
+def unstack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+  """The per-layer view of a model: `layer_<k>/...` without stacked axes.
+
+  Args:
+    model: a Layered model.
+    params: its parameters, or any tree of the same paths whose leaves are arrays or
+      pytrees of arrays with the stacked axis first.
+
+  Returns:
+    The unrolled model and its parameters; applied, they compute the same function.
+  """
+  if model.runs is None:
+    return model, dict(params)
+  flat = {}
+  places = _places(model.runs)
+  for path, leaf in tree_lib.flatten(params).items():
+    run, _, rest = path.partition("/")
+    body, _, name = rest.partition("/")
+    if (run, body) not in places:
+      flat[path] = leaf
+      continue
+    for index, layer in enumerate(places[run, body]):
+      flat[f"layer_{layer}/{name}"] = jax.tree.map(lambda a, i=index: a[i], leaf)
+  return model.with_runs(None), tree_lib.unflatten(flat)
+
+
+def restack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+  """The inverse of `unstack`: scans maximal runs of layers that are really equal.
+
+  Two layers are equal when their configs are and their leaves have the same kinds,
+  static metadata, shapes and dtypes.
+  """
+  if model.runs is not None:
+    return model, dict(params)
+  layers = [params[f"layer_{k}"] for k in range(len(model.layer_keys))]
+  runs = find_runs(
+    [
+      (key, _structure(layer))
+      for key, layer in zip(model.layer_keys, layers, strict=True)
+    ]
+  )
+  flat = {
+    path: leaf
+    for path, leaf in tree_lib.flatten(params).items()
+    if not path.startswith("layer_")
+  }
+  for (run, body), members in _places(runs).items():
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(layers[k] for k in members))
+    for name, leaf in tree_lib.flatten(stacked).items():
+      flat[f"{run}/{body}/{name}"] = leaf
+  return model.with_runs(runs), tree_lib.unflatten(flat)
+
+
+def _places(runs: Sequence[Run]) -> dict[tuple[str, str], list[int]]:
+  """For each `(run_<i>, layer_<j>)`, the numbers of the layers stacked there."""
+  places = {}
+  start = 0
+  for i, run in enumerate(runs):
+    for j in range(run.period):
+      members = [start + s * run.period + j for s in range(run.repeats)]
+      places[f"run_{i}", f"layer_{j}"] = members
+    start += run.num_layers
+  return places
+
+
+def _structure(layer: Any) -> Hashable:
+  leaves, treedef = jax.tree.flatten(layer)
+  return treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)

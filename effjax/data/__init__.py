@@ -1,0 +1,1 @@
+"""Real corpora, tokenizers, and the batches that training and evaluation read."""

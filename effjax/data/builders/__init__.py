@@ -1,0 +1,1 @@
+"""The corpora, one file each; the file's name is what a config calls the corpus."""

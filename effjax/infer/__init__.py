@@ -1,0 +1,1 @@
+"""Running a model: decoding, sampling, generation, scoring."""

@@ -1,0 +1,95 @@
+"""How good a model is: its loss on fixed validation text.
+
+Bits per byte compares models of any vocabulary, and compressors: the summed negative
+log-likelihood of every predicted token, over ln 2 and the UTF-8 bytes of the raw text.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@runtime_checkable
+class EvalSet(Protocol):
+  """Fixed text, cut into windows that overlap but score every token once.
+
+  Attributes:
+    num_bytes: UTF-8 bytes of the raw text.
+    context: longest sequence the model sees (tokens).
+    stride: tokens by which the windows move on.
+  """
+
+  num_bytes: int
+  context: int
+  stride: int
+
+  def batches(self, batch_size: int) -> Iterator[Mapping[str, Any]]:
+    """Batches of equal shape; `weights` is 1 where the target is scored."""
+
+
+def evaluate(
+  model: Any, params: Mapping[str, Any], eval_set: EvalSet, batch_size: int = 16
+) -> dict[str, Any]:
+  """Scores a model on a fixed text.
+
+  Log-probabilities are float32 on the device, their sum float64 on the host.
+
+  Args:
+    model: a Decoder.
+    params: its parameters, of any leaf kinds.
+    eval_set: the text; see EvalSet.
+    batch_size: rows of a batch.
+
+  Returns:
+    "loss" (nats a predicted token), "perplexity" (its exponential), "bits_per_byte",
+    "num_tokens" (predicted ones), "num_bytes", "context" and "stride". The first three
+    are None where the model's probabilities are not finite.
+  """
+  total, num_tokens = 0.0, 0
+  for batch in eval_set.batches(batch_size):
+    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+    nll_BL = np.asarray(_nll(model, params, arrays), np.float64)
+    scored_BL = np.asarray(batch["weights"]) > 0
+    total += float(nll_BL[scored_BL].sum())
+    num_tokens += int(scored_BL.sum())
+  return {
+    **summarize(total, num_tokens, eval_set.num_bytes),
+    "context": eval_set.context,
+    "stride": eval_set.stride,
+  }
+
+
+def summarize(total_nats: float, num_tokens: int, num_bytes: int) -> dict[str, Any]:
+  """The quality fields of a row, from a summed negative log-likelihood in nats."""
+  loss = total_nats / num_tokens
+  finite = math.isfinite(loss)
+  # Beyond this the exponential leaves float64.
+  fits = finite and loss < 700
+  return {
+    "loss": loss if finite else None,
+    "perplexity": math.exp(loss) if fits else None,
+    "bits_per_byte": total_nats / math.log(2) / num_bytes if finite else None,
+    "num_tokens": num_tokens,
+    "num_bytes": num_bytes,
+  }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _nll(
+  model: Any, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Negative log-likelihood of each target, in nats, `[B, L]` float32."""
+  logits_BLV, _ = model.apply(
+    {"params": params},
+    batch["inputs"],
+    positions=batch["positions"],
+    segments=batch["segments"],
+  )
+  logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
+  targets_BL1 = batch["targets"][:, :, None]
+  return -jnp.take_along_axis(logp_BLV, targets_BL1, axis=-1)[:, :, 0]

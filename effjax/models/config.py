@@ -1,0 +1,161 @@
+"""The config of a decoder: a short form that expands to one config per layer."""
+
+import dataclasses
+import json
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from effjax.core import config, errors, registry
+from effjax.core import layers as layers_lib
+
+MIXERS = "effjax.nn.mixers"
+MLPS = "effjax.nn.mlps"
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+  """One layer: a mixer and an MLP by name, with all of their options.
+
+  Attributes:
+    mixer: registry key in effjax.nn.mixers.
+    mlp: registry key in effjax.nn.mlps, or "none".
+    mixer_options: fields of the mixer's options; missing ones get their defaults.
+    mlp_options: fields of the MLP's options, likewise.
+  """
+
+  mixer: str
+  mlp: str = "swiglu"
+  mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  mlp_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    mixer = config.to_dict(self.build_mixer_options())
+    mlp = config.to_dict(self.build_mlp_options())
+    object.__setattr__(self, "mixer_options", mixer)
+    object.__setattr__(self, "mlp_options", mlp)
+
+  def __hash__(self) -> int:
+    return hash(json.dumps(config.to_dict(self), sort_keys=True))
+
+  def build_mixer_options(self) -> Any:
+    """The mixer's options dataclass."""
+    options_cls = registry.find(MIXERS, self.mixer).options_cls
+    return config.build(options_cls, self.mixer_options, f"{self.mixer} options")
+
+  def build_mlp_options(self) -> Any:
+    """The MLP's options dataclass, or an empty dict without an MLP."""
+    if self.mlp == "none":
+      config.require(not self.mlp_options, "mlp 'none' takes no mlp_options")
+      return {}
+    options_cls = registry.find(MLPS, self.mlp).options_cls
+    return config.build(options_cls, self.mlp_options, f"{self.mlp} options")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+  """A causal language model.
+
+  The short form (`pattern`, `mlp`, their options, `num_layers`) expands to `layers`;
+  given `layers`, it is ignored. Structural transforms only ever change `layers`.
+
+  Attributes:
+    vocab_size: V, tokens.
+    embed_dim: D, width of the residual stream.
+    num_layers: number of layers.
+    pattern: mixers by name, repeated over the depth.
+    mlp: MLP of every layer.
+    mixer_options: options of each mixer, by its name.
+    mlp_options: options of each MLP, by its name.
+    layers: one config a layer; empty to expand the short form.
+    runs: how equal layers are scanned; None finds the maximal runs.
+    scan: False keeps every layer apart (`layer_<k>/...`), with an unrolled loop.
+    tie_embeddings: whether the output head is the embedding.
+    max_len: longest sequence the model is meant for (tokens).
+    remat: what the backward pass recomputes: "none" nothing, "full" every layer,
+      "dots" all but matrix products.
+    norm_eps: added to mean squares.
+    logit_cap: c of `c * tanh(logits / c)`, or None.
+  """
+
+  vocab_size: int
+  embed_dim: int
+  num_layers: int = 0
+  pattern: tuple[str, ...] = ("attention",)
+  mlp: str = "swiglu"
+  mixer_options: dict[str, dict] = dataclasses.field(default_factory=dict)
+  mlp_options: dict[str, dict] = dataclasses.field(default_factory=dict)
+  layers: tuple[LayerConfig, ...] = ()
+  runs: tuple[tuple[int, int], ...] | None = None
+  scan: bool = True
+  tie_embeddings: bool = True
+  max_len: int = 2048
+  remat: str = "none"
+  norm_eps: float = 1e-5
+  logit_cap: float | None = None
+
+  def __post_init__(self):
+    for name in ("vocab_size", "embed_dim", "max_len"):
+      config.require(getattr(self, name) > 0, f"{name} must be positive")
+    if self.remat not in REMAT:
+      raise errors.unknown("remat", self.remat, REMAT)
+    config.require(bool(self.pattern), "pattern must name at least one mixer")
+    if not self.layers:
+      config.require(self.num_layers > 0, "num_layers must be positive")
+      object.__setattr__(self, "layers", self._expand())
+    object.__setattr__(self, "num_layers", len(self.layers))
+    for layer in self.layers:
+      options = layer.build_mixer_options()
+      if hasattr(options, "width"):
+        options.width(self.embed_dim)
+    if self.runs is not None:
+      total = sum(period * repeats for period, repeats in self.runs)
+      config.require(
+        total == self.num_layers,
+        f"runs cover {total} layers, the model has {self.num_layers}",
+      )
+
+  def __hash__(self) -> int:
+    return hash(json.dumps(config.to_dict(self), sort_keys=True))
+
+  def _expand(self) -> tuple[LayerConfig, ...]:
+    for field, package, extra in (
+      ("mixer_options", MIXERS, ()),
+      ("mlp_options", MLPS, ("none",)),
+    ):
+      for name in getattr(self, field):
+        known = (*registry.names(package), *extra)
+        if name not in known:
+          raise errors.unknown(f"name in {field}", name, known)
+    return tuple(
+      LayerConfig(
+        mixer=mixer,
+        mlp=self.mlp,
+        mixer_options=self.mixer_options.get(mixer, {}),
+        mlp_options=self.mlp_options.get(self.mlp, {}),
+      )
+      for mixer in (self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+    )
+
+  @property
+  def resolved_runs(self) -> tuple[layers_lib.Run, ...] | None:
+    """The scanned runs, or None for an unrolled model."""
+    if not self.scan:
+      return None
+    if self.runs is None:
+      return layers_lib.find_runs(self.layers)
+    return tuple(layers_lib.Run(*run) for run in self.runs)
+
+  @property
+  def layer_keys(self) -> tuple[Hashable, ...]:
+    """Layers with equal keys are built equal."""
+    return self.layers
+
+
+def from_dict(values: Mapping[str, Any]) -> DecoderConfig:
+  """The config written by `core.config.to_dict`.
+
+  Raises:
+    InputError: it is not the config of a decoder.
+  """
+  return config.build(DecoderConfig, values, "model")

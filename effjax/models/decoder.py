@@ -1,0 +1,280 @@
+"""A causal language model whose layers are any mixers and MLPs, named by a config.
+
+The mixer contract, kept by every module in effjax.nn.mixers:
+`y_BLD, state = mixer(x_BLD, state=None, *, positions, segments, shared=None)` and
+`mixer.init_state(batch, max_len, dtype)`. Without a state the mixer works on whole,
+possibly packed, sequences: tokens of different segments do not meet. With a state it
+continues it: prompts are padded on the right, padding is segment 0 and never changes a
+state, and prefill followed by single steps equals the parallel form. The state carries
+`length_B`, the tokens each row has seen.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from effjax.core import layers, registry
+from effjax.core import precision as precision_lib
+from effjax.core.shard import shard
+from effjax.models import config as config_lib
+from effjax.nn import embed, norm
+from effjax.weights import verbs
+from effjax.weights import weight as weight_lib
+
+# Collections a scanned layer may write or own; each gets a leading axis of layers.
+_STACKED = ("params", "losses", "metrics", "stats", "state")
+
+
+class Layer(nn.Module):
+  """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`.
+
+  Attributes:
+    config: which mixer and MLP.
+    embed_dim: D.
+    norm_eps: of both norms.
+    out_scale: factor on the initial output projections.
+  """
+
+  config: config_lib.LayerConfig
+  embed_dim: int
+  norm_eps: float
+  out_scale: float
+
+  def setup(self):
+    """Builds the parts named in the config."""
+    self.mixer_norm = norm.RMSNorm(eps=self.norm_eps)
+    self.mixer = self.make_mixer()
+    if self.config.mlp != "none":
+      self.mlp_norm = norm.RMSNorm(eps=self.norm_eps)
+      mlp_cls = registry.find(config_lib.MLPS, self.config.mlp)
+      self.mlp = mlp_cls(
+        self.config.build_mlp_options(), self.embed_dim, out_scale=self.out_scale
+      )
+
+  @nn.nowrap
+  def make_mixer(self) -> nn.Module:
+    """The mixer module of this layer."""
+    mixer_cls = registry.find(config_lib.MIXERS, self.config.mixer)
+    options = self.config.build_mixer_options()
+    return mixer_cls(options, self.embed_dim, out_scale=self.out_scale)
+
+  def __call__(
+    self, x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    """The layer's output and the mixer's new state."""
+    y_BLD, state = self.mixer(
+      self.mixer_norm(x_BLD), state, positions=positions, segments=segments
+    )
+    x_BLD = shard(x_BLD + y_BLD, ("batch", "length", "embed_act"))
+    if self.config.mlp != "none":
+      x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD))
+      x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
+    return x_BLD, state
+
+
+class Body(nn.Module):
+  """What one scan step of a run applies: `period` layers, one after the other."""
+
+  layers: tuple[config_lib.LayerConfig, ...]
+  make: Any
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[Any, ...], positions: jax.Array, segments: jax.Array
+  ) -> tuple[tuple[Any, ...], None]:
+    """Carry: activations, stacked states of the run (or None), step number.
+
+    The states travel in the carry and are updated in place; as scan inputs and
+    outputs the whole cache would be copied every step.
+    """
+    x_BLD, states, step = carry
+    for j, layer in enumerate(self.layers):
+      name = f"layer_{j}"
+      state = None if states is None else _read(states[name], step)
+      x_BLD, state = self.make(layer, name=name)(x_BLD, state, positions, segments)
+      if states is not None:
+        states = {**states, name: _write(states[name], state, step)}
+    return (x_BLD, states, step + 1), None
+
+
+class Decoder(nn.Module):
+  """A causal language model.
+
+  Attributes:
+    config: see DecoderConfig.
+    precision: dtypes of the computation; parameters are float32.
+  """
+
+  config: config_lib.DecoderConfig
+  precision: precision_lib.PrecisionConfig = precision_lib.PrecisionConfig()
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    state: Mapping[str, Any] | None = None,
+  ) -> tuple[jax.Array, Mapping[str, Any] | None]:
+    """Logits of the next token at every position.
+
+    Args:
+      tokens_BL: int32 tokens.
+      positions: int32 `[B, L]`, restarting with each segment; by default they count
+        from 0, or from the state's length.
+      segments: int32 `[B, L]`, 0 for padding; all 1 by default.
+      state: decoding state from `init_state` or an earlier call; donate it.
+
+    Returns:
+      Logits `[B, L, V]` float32, and the new state (None without one).
+    """
+    cfg = self.config
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+      if state is not None:
+        positions = positions + state["length_B"][:, None]
+    if segments is None:
+      segments = jnp.ones(tokens_BL.shape, jnp.int32)
+    table = embed.Embed(cfg.vocab_size, cfg.embed_dim, name="embed")
+    x_BLD = table(tokens_BL, self.precision.dtype)
+    x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
+    with weight_lib.token_weights((segments > 0).astype(jnp.float32)):
+      x_BLD, new_state = self._layers(x_BLD, state, positions, segments)
+      x_BLD = norm.RMSNorm(eps=cfg.norm_eps, name="final_norm")(x_BLD)
+      logits_BLV = self._logits(x_BLD, table)
+    if state is not None:
+      seen_B = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+      new_state["length_B"] = state["length_B"] + seen_B
+    return shard(logits_BLV, ("batch", "length", "vocab")), new_state
+
+  def _layers(
+    self, x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
+  ) -> tuple[jax.Array, dict[str, Any] | None]:
+    cfg = self.config
+    new_state = None if state is None else {}
+    if cfg.resolved_runs is None:
+      for k, layer in enumerate(cfg.layers):
+        name = f"layer_{k}"
+        old = None if state is None else state[name]
+        x_BLD, new = self._make_layer(layer, name=name)(x_BLD, old, positions, segments)
+        if new_state is not None:
+          new_state[name] = new
+      return x_BLD, new_state
+    start = 0
+    for i, run in enumerate(cfg.resolved_runs):
+      name = f"run_{i}"
+      scanned = nn.scan(
+        Body,
+        variable_axes=dict.fromkeys(_STACKED, 0),
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=run.repeats,
+      )
+      body = scanned(
+        cfg.layers[start : start + run.period], self._make_layer, name=name
+      )
+      old = None if state is None else state[name]
+      (x_BLD, new, _), _ = body((x_BLD, old, jnp.int32(0)), positions, segments)
+      if new_state is not None:
+        new_state[name] = new
+      start += run.num_layers
+    return x_BLD, new_state
+
+  @nn.nowrap
+  def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> nn.Module:
+    cfg = self.config
+    cls = Layer
+    if cfg.remat != "none":
+      policies = jax.checkpoint_policies
+      policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+      }[cfg.remat]
+      cls = nn.remat(Layer, policy=policy, prevent_cse=cfg.resolved_runs is None)
+    # GPT-2's scaling: residual branches start smaller the deeper the model is.
+    out_scale = (2 * cfg.num_layers) ** -0.5
+    return cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, name=name)
+
+  def _logits(self, x_BLD: jax.Array, table: embed.Embed) -> jax.Array:
+    cfg = self.config
+    if cfg.tie_embeddings:
+      logits_BLV = table.logits(x_BLD)
+    else:
+      head = weight_lib.weight(
+        self,
+        "head",
+        nn.initializers.lecun_normal(),
+        (cfg.embed_dim, cfg.vocab_size),
+        axes=("embed", "vocab"),
+        reads="final_norm",
+      )
+      logits_BLV = verbs.contract(x_BLD, head).astype(jnp.float32)
+    if cfg.logit_cap is not None:
+      logits_BLV = cfg.logit_cap * jnp.tanh(logits_BLV / cfg.logit_cap)
+    return logits_BLV
+
+  @nn.nowrap
+  def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
+    """An empty decoding state for `batch` rows of at most `max_len` tokens."""
+    cfg = self.config
+
+    def one(layer: config_lib.LayerConfig) -> Any:
+      mixer = self._make_layer(layer, name=None).make_mixer()
+      return mixer.init_state(batch, max_len, self.precision.dtype)
+
+    state: dict[str, Any] = {"length_B": jnp.zeros((batch,), jnp.int32)}
+    if cfg.resolved_runs is None:
+      return state | {f"layer_{k}": one(layer) for k, layer in enumerate(cfg.layers)}
+    start = 0
+    for i, run in enumerate(cfg.resolved_runs):
+      state[f"run_{i}"] = {
+        f"layer_{j}": jax.tree.map(
+          lambda a, n=run.repeats: jnp.broadcast_to(a, (n, *a.shape)).copy(),
+          one(cfg.layers[start + j]),
+        )
+        for j in range(run.period)
+      }
+      start += run.num_layers
+    return state
+
+  @nn.nowrap
+  def example_inputs(self) -> tuple[jax.Array]:
+    """Arguments of a smallest call, to trace the model with."""
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+  @property
+  def runs(self) -> tuple[layers.Run, ...] | None:
+    """The scanned runs, or None for an unrolled model."""
+    return self.config.resolved_runs
+
+  @property
+  def layer_keys(self) -> tuple[Any, ...]:
+    """Layers with equal keys are built equal."""
+    return self.config.layer_keys
+
+  @nn.nowrap
+  def with_runs(self, runs: tuple[layers.Run, ...] | None) -> "Decoder":
+    """The same model scanned as given, or unrolled for None."""
+    changed = (
+      {"runs": None, "scan": False}
+      if runs is None
+      else {"runs": tuple((r.period, r.repeats) for r in runs), "scan": True}
+    )
+    return Decoder(dataclasses.replace(self.config, **changed), self.precision)
+
+
+def _read(stacked: Any, step: jax.Array) -> Any:
+  """The state of one scan step, out of the stacked ones."""
+  return jax.tree.map(
+    lambda a: jax.lax.dynamic_index_in_dim(a, step, keepdims=False), stacked
+  )
+
+
+def _write(stacked: Any, state: Any, step: jax.Array) -> Any:
+  return jax.tree.map(
+    lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, step, 0), stacked, state
+  )

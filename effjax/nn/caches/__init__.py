@@ -1,0 +1,1 @@
+"""Decoding states of the mixers, one kind a file."""

@@ -1,0 +1,1 @@
+"""Channel mixers: modules that act on each position alone."""

@@ -1,0 +1,1 @@
+"""Softmax attention as pure functions: parallel, over a cache, and rotary positions."""

@@ -1,0 +1,1 @@
+"""Short depthwise causal convolutions as pure functions: naive, fast and one step."""

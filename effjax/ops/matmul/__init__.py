@@ -1,0 +1,1 @@
+"""Integer products, grids, and packed codes: the arithmetic of quantized weights."""

@@ -1,0 +1,1 @@
+"""Linear recurrences as pure functions: naive, chunked and one token at a time."""

@@ -1,0 +1,100 @@
+"""What a registered optimizer or schedule is, and how one reads the parameters' specs.
+
+Trees of updates and parameters may have holes: `None` where a parameter is frozen, and
+optax's `MaskedNode` where another optimizer owns it. The specs tree may still hold a
+spec there. Specs are therefore used as a prefix: whatever stands at a spec's place,
+nothing, an array or a leaf with several arrays, belongs to that spec.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from effjax.core import config
+from effjax.core import specs as specs_lib
+
+Schedule = Callable[[Any], Any]
+DECAYED_KINDS = frozenset({"matrix", "embedding", "conv"})
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerTechnique:
+  """An optimizer the registry hands out.
+
+  Attributes:
+    make: `make(learning_rate, specs, options) -> optax.GradientTransformation`;
+      `learning_rate` maps a step (from 0) to a positive rate, `specs` is the tree of
+      ParamSpecs of the parameters.
+    options_cls: frozen dataclass of its options, every field with a default.
+  """
+
+  make: Callable[[Schedule, Mapping[str, Any], Any], optax.GradientTransformation]
+  options_cls: type
+
+  def options(self, values: Mapping[str, Any], path: str = "options") -> Any:
+    """Validated options; raises InputError with one line."""
+    return config.build(self.options_cls, values, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleTechnique:
+  """A learning rate schedule the registry hands out.
+
+  Attributes:
+    make: `make(peak, num_steps, options) -> fn`; `fn(step)` is the rate of update
+      `step`, counted from 0, a float32 scalar; `step` may be traced.
+    options_cls: frozen dataclass of its options, every field with a default.
+  """
+
+  make: Callable[[float, int, Any], Schedule]
+  options_cls: type
+
+  def options(self, values: Mapping[str, Any], path: str = "schedule_options") -> Any:
+    """Validated options; raises InputError with one line."""
+    return config.build(self.options_cls, values, path)
+
+
+def map_with_specs(
+  fn: Callable[..., Any], specs: Mapping[str, Any], tree: Any, *rest: Any
+) -> Any:
+  """Applies `fn(spec, array, *others)` to every array of `tree`; holes stay holes.
+
+  Args:
+    fn: gets `None` for each of `rest` that has nothing at the place of the array.
+    specs: tree of ParamSpecs, a prefix of `tree`.
+    tree: updates or parameters.
+    *rest: trees with the structure of `tree`, or with `None` for some of its arrays.
+  """
+
+  def at_spec(spec, subtree, *others):
+    return jax.tree.map(lambda *arrays: fn(spec, *arrays), subtree, *others)
+
+  return jax.tree.map(at_spec, specs, tree, *rest)
+
+
+def decay_mask(specs: Mapping[str, Any], decay_embedding: bool = True) -> Any:
+  """The optax prefix mask of the parameters that weight decay applies to.
+
+  Matrices, convolutions and (if asked for) embeddings decay; norms, biases and the
+  parameters of a state space model's recurrence never do.
+  """
+  kinds = DECAYED_KINDS if decay_embedding else DECAYED_KINDS - {"embedding"}
+  return jax.tree.map(lambda spec: spec.kind in kinds, specs)
+
+
+def num_stacked(spec: specs_lib.ParamSpec, ndim: int) -> int:
+  """How many leading axes of an array of rank `ndim` count separate blocks.
+
+  A block is what a paper means by one parameter: one layer's vector, one matrix (so
+  each expert is its own). Norms and ratios are taken over a block, so results do not
+  depend on whether layers are stacked.
+  """
+  return ndim - 2 if spec.kind == "matrix" else len(spec.stack)
+
+
+def block_axes(spec: specs_lib.ParamSpec, ndim: int) -> tuple[int, ...]:
+  """The axes of an array of rank `ndim` that lie inside one block."""
+  return tuple(range(num_stacked(spec, ndim), ndim))

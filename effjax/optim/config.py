@@ -1,0 +1,101 @@
+"""The optimizer section of a config, and the transformation it stands for."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from effjax.core import config as config_lib
+from effjax.core import registry
+from effjax.optim import base, masking
+
+OPTIMIZERS = "effjax.optim.optimizers"
+SCHEDULES = "effjax.optim.schedules"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """How parameters are updated.
+
+  Attributes:
+    name: an optimizer of `effjax list optimizers`.
+    learning_rate: peak of the schedule; its right size depends on the optimizer.
+    schedule: a schedule of `effjax list schedules`.
+    schedule_options: fields of the schedule's options.
+    options: fields of the optimizer's options.
+    clip_norm: largest global norm of the gradients, or None to leave them alone.
+
+  Raises:
+    InputError: a name, an option or a range is wrong.
+  """
+
+  name: str = "adamw"
+  learning_rate: float = 1e-3
+  schedule: str = "warmup_cosine"
+  schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self):
+    config_lib.require(
+      self.learning_rate > 0,
+      f"learning_rate must be positive, got {self.learning_rate}",
+    )
+    config_lib.require(
+      self.clip_norm is None or self.clip_norm > 0,
+      f"clip_norm must be positive or None, got {self.clip_norm}",
+    )
+    _optimizer(self).options(self.options)
+    _schedule(self).options(self.schedule_options)
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> base.Schedule:
+  """The rate of each of `num_steps` updates; the first is update 0.
+
+  Raises:
+    InputError: the schedule does not fit into `num_steps`.
+  """
+  config_lib.require(num_steps > 0, f"num_steps must be positive, got {num_steps}")
+  technique = _schedule(config)
+  options = technique.options(config.schedule_options)
+  return technique.make(config.learning_rate, num_steps, options)
+
+
+def build(
+  config: OptimizerConfig,
+  specs: Mapping[str, Any],
+  num_steps: int,
+  masks: Mapping[str, Any] | None = None,
+) -> tuple[optax.GradientTransformation, base.Schedule]:
+  """The whole update rule: clip, optimizer with its schedule, masks.
+
+  Args:
+    config: validated config.
+    specs: tree of the parameters' ParamSpecs. The parameters may have holes (`None`)
+      where it has specs.
+    num_steps: how many updates the schedule spans.
+    masks: what a pruned model keeps; see `masking.keep_masks`.
+
+  Returns:
+    The transformation, and the learning rate as a function of the step, for logging.
+
+  Raises:
+    InputError: the schedule does not fit into `num_steps`.
+  """
+  rate = learning_rate(config, num_steps)
+  technique = _optimizer(config)
+  tx = technique.make(rate, specs, technique.options(config.options))
+  if config.clip_norm is not None:
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+  if masks is not None:
+    tx = masking.keep_masks(masks, tx)
+  return tx, rate
+
+
+def _optimizer(config: OptimizerConfig) -> base.OptimizerTechnique:
+  return registry.find(OPTIMIZERS, config.name, "optimizer")
+
+
+def _schedule(config: OptimizerConfig) -> base.ScheduleTechnique:
+  return registry.find(SCHEDULES, config.schedule, "schedule")

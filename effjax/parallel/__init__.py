@@ -1,0 +1,1 @@
+"""One mesh, and parallelism as tables from logical axes to mesh axes."""

@@ -1,0 +1,1 @@
+"""Recipes: the root config and the runner that takes a model through its stages."""

@@ -1,0 +1,192 @@
+"""The Python interface: a finished stage, looked at, changed and measured."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from effjax.compress import registry as transforms
+from effjax.core import errors
+from effjax.core import tree as tree_lib
+from effjax.data import pipeline
+from effjax.infer import generate as generate_lib
+from effjax.infer import sampling
+from effjax.measure import quality, rows
+from effjax.recipe import config as config_lib
+from effjax.recipe import folder
+from effjax.train import stages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A stage of a run, loaded.
+
+  Attributes:
+    model: the model.
+    params: its parameters, with leaves as the stage made them.
+    specs: tree of ParamSpecs of the same structure.
+    tokenizer: text to ids and back.
+    config: the root config of the run.
+    stage: name of the stage.
+    row: its row of the results table.
+  """
+
+  model: Any
+  params: dict[str, Any]
+  specs: dict[str, Any]
+  tokenizer: Any
+  config: config_lib.Config
+  stage: str
+  row: dict[str, Any]
+
+  def data(self) -> pipeline.TextData:
+    """The text the run was trained and scored on, opened.
+
+    Raises:
+      InputError: the corpus cannot be opened here.
+    """
+    return pipeline.open_data(self.config.data)
+
+
+def load(workdir: str | pathlib.Path, stage: str | None = None) -> Run:
+  """Loads a finished stage of a run.
+
+  Args:
+    workdir: the run folder.
+    stage: name of the stage; the last finished one if None.
+
+  Raises:
+    InputError: not a run folder, no such stage, or it is not finished.
+  """
+  root = pathlib.Path(workdir)
+  if not (root / folder.CONFIG).is_file():
+    raise errors.InputError(f"{root} is not a run folder: it has no {folder.CONFIG}")
+  config = config_lib.from_dict(folder.read_json(root / folder.CONFIG))
+  names = [s.name for s in config.stages]
+  finished = [
+    name for i, name in enumerate(names) if folder.stage_folder(root, i, name).is_dir()
+  ]
+  if not finished:
+    raise errors.InputError(f"{root} has no finished stage; run its recipe first")
+  if stage is None:
+    stage = finished[-1]
+  if stage not in names:
+    raise errors.unknown(f"stage of {root}", stage, names)
+  if stage not in finished:
+    raise errors.InputError(
+      f"stage {stage!r} of {root} is not finished; finished: {', '.join(finished)}"
+    )
+  path = folder.stage_folder(root, names.index(stage), stage)
+  loaded = stages.load_stage(path)
+  return Run(
+    model=loaded.model,
+    params=loaded.params,
+    specs=loaded.specs,
+    tokenizer=loaded.tokenizer,
+    config=config,
+    stage=stage,
+    row=folder.read_json(path / folder.ROW),
+  )
+
+
+def transform(
+  name: str,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  stats: Mapping[str, Any] | None = None,
+  *,
+  where: Any = None,
+  options: Any = None,
+) -> dict[str, Any]:
+  """Applies a transform of `effjax list transforms` to a tree.
+
+  Args:
+    name: registry key, such as "rtn" or "magnitude".
+    params: parameter tree, not changed.
+    specs: tree of ParamSpecs of the same structure.
+    stats: what `effjax.calibrate` returned, for transforms that need it.
+    where: which parameters, such as {"path": "mlp"}; None for the default.
+    options: fields of the transform's options.
+
+  Returns:
+    The new tree.
+
+  Raises:
+    InputError: unknown transform, bad options, an empty selection, or missing stats.
+  """
+  technique = transforms.find(name)
+  if technique.needs_stats and stats is None:
+    raise errors.InputError(
+      f"{name} needs statistics: pass stats=effjax.calibrate(model, params, batches)"
+    )
+  return technique(params, specs, stats, where=where, options=options)
+
+
+def evaluate(run: Run, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Loss, perplexity and bits per byte on the run's validation text.
+
+  Args:
+    run: a loaded stage.
+    params: another tree for its model; the stage's own if None.
+  """
+  params = run.params if params is None else params
+  batch_size = run.config.measure.eval_batch_size
+  return quality.evaluate(run.model, params, run.data().eval_set, batch_size)
+
+
+def measure(
+  run: Run, params: Mapping[str, Any] | None = None, name: str = "here"
+) -> dict[str, Any]:
+  """A row of the results table, with everything that is measured after a stage.
+
+  Args:
+    run: a loaded stage.
+    params: another tree for its model; the stage's own if None.
+    name: name of the row.
+  """
+  data = run.data()
+  about = rows.Stage(
+    name=name,
+    technique="python",
+    after=run.stage,
+    num_weights=sum(spec.size for spec in tree_lib.flatten(run.specs).values()),
+    seed=run.config.seed,
+    corpus=f"{data.corpus.name} {data.corpus.facts['hash'][:12]}",
+  )
+  params = run.params if params is None else params
+  return rows.measure_stage(run.model, params, data.eval_set, run.config.measure, about)
+
+
+def generate(
+  run: Run,
+  prompt: str,
+  *,
+  params: Mapping[str, Any] | None = None,
+  max_tokens: int = 128,
+  seed: int = 0,
+  **sampling_options: Any,
+) -> str:
+  """The continuation of a prompt.
+
+  Args:
+    run: a loaded stage.
+    prompt: text to continue.
+    params: another tree for its model; the stage's own if None.
+    max_tokens: most tokens to generate.
+    seed: of the random choices.
+    **sampling_options: temperature, top_k, top_p (see infer.sampling).
+
+  Raises:
+    InputError: an option is out of range, or the text longer than trained for.
+  """
+  options = sampling.SamplingOptions(**sampling_options)
+  pieces = generate_lib.stream(
+    run.model,
+    run.params if params is None else params,
+    run.tokenizer,
+    prompt,
+    max_tokens=max_tokens,
+    options=options,
+    seed=seed,
+  )
+  return "".join(pieces)

@@ -1,0 +1,76 @@
+"""A config as numbers, before anything runs: parameters, FLOPs, bytes, sharding."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax.core import config as core_config
+from effjax.core import tree as tree_lib
+from effjax.measure import flops
+from effjax.recipe import plan as plan_lib
+
+# A training step costs a forward pass and, for gradients, about two more.
+_PASSES = 3
+
+
+def describe(plan: plan_lib.Plan) -> dict[str, Any]:
+  """Plain JSON values about a plan.
+
+  Returns:
+    `config` (resolved), `mesh`, `parameters` (path, shape, kind, axes, sharding,
+    num_params each), `stages` (what each holds), `num_params`, `flops_per_token`
+    (forward, at the training length) and `train_flops_per_token`.
+  """
+  config = plan.config
+  params = jax.eval_shape(
+    lambda key: plan.model.init(key, *plan.model.example_inputs())["params"],
+    jax.random.key(0),
+  )
+  specs = tree_lib.flatten(plan.specs)
+  shardings = tree_lib.flatten(plan.shardings(params))
+  num_params = plan.num_params
+  length = config.data.sequence_length
+  forward = flops.per_token(plan.model, params, length).executed
+  return {
+    "config": core_config.to_dict(config),
+    "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),
+    "parameters": [
+      {
+        "path": path,
+        "shape": list(spec.shape),
+        "kind": spec.kind,
+        "axes": " ".join(spec.all_axes),
+        "sharding": _sharding(shardings[path]),
+        "num_params": spec.size,
+      }
+      for path, spec in specs.items()
+    ],
+    "stages": [_stage(plan, i, num_params) for i in range(len(config.stages))],
+    "num_params": num_params,
+    "flops_per_token": forward,
+    "train_flops_per_token": _PASSES * forward,
+  }
+
+
+def _stage(plan: plan_lib.Plan, index: int, num_params: int) -> dict[str, Any]:
+  stage, parent = plan.config.stages[index], plan.config.parent(index)
+  tree = plan.shapes[index]
+  held, on_device = 0, 0
+  shardings = jax.tree.leaves(plan.shardings(tree))
+  for array, sharding in zip(jax.tree.leaves(tree), shardings, strict=True):
+    shard = sharding.shard_shape(array.shape)
+    held += array.size * array.dtype.itemsize
+    on_device += int(np.prod(shard)) * array.dtype.itemsize
+  return {
+    "stage": stage.name,
+    "technique": stage.technique,
+    "after": None if parent is None else plan.config.stages[parent].name,
+    "bytes_held": held,
+    "bytes_per_device": on_device,
+    "bits_per_weight": 8 * held / num_params,
+  }
+
+
+def _sharding(sharding: Any) -> str:
+  return " ".join(str(entry) for entry in sharding.spec) or "replicated"

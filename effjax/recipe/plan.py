@@ -1,0 +1,105 @@
+"""A recipe played through on shapes: mistakes show before anything compiles.
+
+Every transform is traced on the tree its stage will start from, so a selection that
+matches nothing, a group that does not divide or a weight pruned twice is found here,
+together with anything the mesh cannot split.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from effjax.compress import registry as transforms
+from effjax.core import errors, registry
+from effjax.core import select as select_lib
+from effjax.core import specs as specs_lib
+from effjax.core import tree as tree_lib
+from effjax.data import config as data_config
+from effjax.models import decoder
+from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import rules, sharding
+from effjax.recipe import config as config_lib
+from effjax.train import masks
+from effjax.train import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What a run will do.
+
+  Attributes:
+    config: the root config.
+    model: the model, at the precision it is measured with.
+    specs: tree of the ParamSpecs of its parameters.
+    mesh: the devices.
+    shapes: for each stage, the tree it makes, of ShapeDtypeStructs.
+  """
+
+  config: config_lib.Config
+  model: Any
+  specs: Mapping[str, Any]
+  mesh: Mesh
+  shapes: tuple[Mapping[str, Any], ...]
+
+  @property
+  def num_params(self) -> int:
+    """Logical parameters of the model before any compression."""
+    return sum(spec.size for spec in tree_lib.flatten(self.specs).values())
+
+  def shardings(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """NamedShardings of a parameter tree of this run, for any leaf kinds."""
+    table = rules.PRESETS[self.config.mesh.preset].params
+    return sharding.tree_shardings(self.mesh, table, self.specs, tree)
+
+
+def make(config: config_lib.Config) -> Plan:
+  """Plays the recipe through on shapes; computes, compiles and writes nothing.
+
+  Raises:
+    InputError: something does not fit; the message names the stage.
+  """
+  builder = registry.find(data_config.BUILDERS, config.data.corpus, "corpus")
+  builder.check(config.data.options, config.data.manual_dir)
+  mesh = mesh_lib.make(config.mesh)
+  model = decoder.Decoder(config.model)
+  specs = specs_lib.specs(model)
+  fresh = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())
+  plan = Plan(config=config, model=model, specs=specs, mesh=mesh, shapes=())
+  shapes: list[Any] = []
+  for i, stage in enumerate(config.stages):
+    parent = config.parent(i)
+    start = fresh["params"] if parent is None else shapes[parent]
+    with _naming(i, stage.name):
+      made = _outcome(stage, specs, start)
+      plan.shardings(made)
+    shapes.append(made)
+  return dataclasses.replace(plan, shapes=tuple(shapes))
+
+
+def _outcome(
+  stage: config_lib.StageConfig, specs: Mapping[str, Any], start: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """The shapes a stage makes of the shapes it starts from."""
+  where = stage.build_where()
+  if stage.technique == config_lib.TRAIN:
+    paths = select_lib.select(specs, where)
+    plain = jax.eval_shape(lambda params: masks.take_out(params, paths)[0], start)
+    state_lib.split(plain, paths)
+    return start
+  technique = transforms.find(stage.technique)
+  options = stage.build_options()
+  return jax.eval_shape(
+    lambda params: technique(params, specs, where=where, options=options), start
+  )
+
+
+@contextlib.contextmanager
+def _naming(index: int, name: str) -> Iterator[None]:
+  try:
+    yield
+  except errors.InputError as error:
+    raise errors.InputError(f"config.stages[{index}] ({name}): {error}") from None

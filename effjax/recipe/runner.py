@@ -1,0 +1,190 @@
+"""Runs a recipe: stage by stage, each measured, saved by one rename, and resumable.
+
+A stage is finished when its folder exists; the folder holds the stage's row of the
+table too (`row.json`), so a run that was killed anywhere goes on at the stage, and in a
+training at the step, where it stopped.
+"""
+
+import contextlib
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import jax
+
+from effjax.core import config as core_config
+from effjax.core import errors
+from effjax.data import pipeline
+from effjax.measure import baselines, memory, rows
+from effjax.recipe import config as config_lib
+from effjax.recipe import environment, files, folder, train_stage, transform_stage
+from effjax.recipe import plan as plan_lib
+from effjax.recipe import session as session_lib
+from effjax.report import folder as report
+from effjax.train import signals, stages
+
+
+def run(
+  reference: str,
+  changes: Sequence[str] = (),
+  *,
+  workdir: pathlib.Path | None = None,
+  fresh: bool = False,
+  profile: bool = False,
+) -> pathlib.Path:
+  """Runs a recipe, or resumes it, and returns its run folder.
+
+  Args:
+    reference: config file and argument, such as "configs/quickstart.py:smoke".
+    changes: overrides such as "--config.stages[2].options.bits=3".
+    workdir: run folder; `runs/<config>[-<arg>]` if None.
+    fresh: deletes an earlier run in that folder first.
+    profile: traces some steps of every training into `profile/`.
+
+  Raises:
+    InputError: anything wrong with the input, before the run folder is touched.
+    DivergedError: a loss stopped being finite.
+    StoppedError: SIGTERM or SIGINT came; the same call resumes.
+    OSError: the disk is full (ENOSPC); what was saved before is whole.
+  """
+  config = config_lib.load(reference, changes)
+  plan = plan_lib.make(config)
+  root = workdir or files.default_workdir(reference)
+  plain = core_config.to_dict(config)
+  folder.check(root, plain, fresh)
+  environment.keep_compiled()
+  data = pipeline.open_data(config.data, jax.process_index(), jax.process_count())
+  with folder.opened(root, plain, changes, fresh), _stoppable():
+    session = session_lib.Session(plan=plan, data=data, root=root, profile=profile)
+    _note_environment(session)
+    table = [_stage(session, i) for i in range(len(config.stages))]
+    if not (root / folder.RESULT).exists():
+      _report(session, table)
+  return root
+
+
+def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
+  """Runs, measures and saves a stage, unless that was done; returns its row."""
+  config = session.config
+  stage, target = config.stages[index], session.folder(index)
+  parent = config.parent(index)
+  after = None if parent is None else config.stages[parent].name
+  title = f"[{index + 1}/{len(config.stages)}] {stage.name}"
+  if target.exists():
+    session_lib.say(f"{title}: done before")
+    return folder.read_json(target / folder.ROW)
+  start = f"after {after}" if after else "from a fresh model"
+  session_lib.say(f"{title}: {stage.technique}, {start}")
+  peak = memory.Peak()
+  kind = train_stage if stage.technique == config_lib.TRAIN else transform_stage
+  made = kind.run(session, index)
+  about = rows.Stage(
+    name=stage.name,
+    technique=stage.technique,
+    after=after,
+    num_weights=session.plan.num_params,
+    seed=config.seed,
+    corpus=session.corpus,
+    stage_secs=made.secs,
+    peak_memory_bytes=peak.read(),
+  )
+  row = rows.measure_stage(
+    made.model, made.params, session.data.eval_set, config.measure, about
+  )
+  _commit(session, target, made, row)
+  session_lib.say(f"{title}: {_summary(row)}")
+  return row
+
+
+def _commit(
+  session: session_lib.Session,
+  target: pathlib.Path,
+  made: session_lib.Made,
+  row: dict[str, Any],
+) -> None:
+  """Saves model, parameters and row; they appear together, by one rename."""
+  partial = target.with_name(f".{target.name}.new")
+  shutil.rmtree(partial, ignore_errors=True)
+  stages.save_stage(
+    partial, made.model, made.params, made.specs, session.data.tokenizer
+  )
+  folder.write_json(partial / folder.ROW, row)
+  partial.rename(target)
+
+
+def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> None:
+  """Writes the reports and, last, result.json."""
+  session_lib.say("report: compressors on the same text, tables and plots")
+  data = session.data
+  lines = baselines.measure(
+    data.eval_set.text, data.train_text(), session.config.measure.xz_preset
+  )
+  report.write(session.root, table, lines, data.facts)
+
+
+def _summary(row: dict[str, Any]) -> str:
+  quality, decode_ms = row["quality"]["bits_per_byte"], row["decode_ms_p50"]
+  parts = [
+    "not finite" if quality is None else f"{quality:.4f} bits/byte",
+    f"{row['bits_per_weight']:.2f} bits/weight",
+    f"{row['bytes_held'] / 1e6:.2f} MB",
+  ]
+  if decode_ms is not None:
+    parts.append(f"{decode_ms:.2f} ms/token")
+  return ", ".join(parts)
+
+
+def _note_environment(session: session_lib.Session) -> None:
+  """Writes env.json; a resumed run must read the same text as before.
+
+  Raises:
+    InputError: the corpus is not the one the run began with.
+  """
+  path = session.root / "env.json"
+  now = environment.describe() | {"corpus": session.data.facts}
+  if path.exists():
+    before = folder.read_json(path)
+    old, new = before["corpus"]["hash"], now["corpus"]["hash"]
+    if old != new:
+      raise errors.InputError(
+        f"{session.root} was begun on corpus {old[:12]}, now {new[:12]} (other "
+        "files or Python); choose another --workdir, or --fresh to start over"
+      )
+    changed = core_config.differences(before["versions"], now["versions"], "versions")
+    for line in changed:
+      session_lib.say(f"resuming in another environment: {line}")
+  folder.write_json(path, now)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+  """Between trainings a signal ends the run at once: finished stages are saved.
+
+  In a training the loop's own handlers take over, and save.
+  """
+
+  def restore() -> None:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+  def stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    restore()  # An impatient second Ctrl-C ends the process.
+    # Not an Exception: no library between here and the runner may catch it.
+    raise signals.Interrupted(signal.Signals(number).name)
+
+  in_main = threading.current_thread() is threading.main_thread()
+  caught = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+  previous = {number: signal.signal(number, stop) for number in caught}
+  try:
+    yield
+  except signals.Interrupted as interrupted:
+    raise errors.StoppedError(
+      f"stopped by {interrupted}; finished stages are saved: the same command resumes"
+    ) from None
+  finally:
+    restore()

@@ -1,0 +1,113 @@
+"""Scores a user's own text or token ids with a loaded run."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from effjax.core import config, errors
+from effjax.data import documents, evaluation
+from effjax.infer import score
+from effjax.measure import quality
+from effjax.recipe import api
+
+
+def read_text(path: pathlib.Path) -> str:
+  """A UTF-8 text file.
+
+  Raises:
+    InputError: missing, empty or not UTF-8; the message names the byte offset.
+  """
+  text = documents.decode(_read(path), str(path))
+  config.require(bool(text), f"{path} is empty: there is nothing to score")
+  return text
+
+
+def read_tokens(path: pathlib.Path) -> np.ndarray:
+  """Token ids `[B, L]` from a .npy file of shape `[B, L]` or `[L]`.
+
+  Raises:
+    InputError: missing, or not integers of such a shape.
+  """
+  if not path.is_file():
+    raise errors.InputError(f"{path} does not exist or is not a file")
+  try:
+    ids = np.load(path, allow_pickle=False)
+  except (ValueError, EOFError, OSError) as error:
+    raise errors.InputError(f"{path} is not a .npy file of ids: {error}") from None
+  config.require(
+    ids.ndim in (1, 2) and ids.shape[-1] >= 2 and np.issubdtype(ids.dtype, np.integer),
+    f"{path} must hold integers [B, L] or [L], L at least 2, got {ids.dtype} of shape "
+    f"{ids.shape}",
+  )
+  return np.atleast_2d(ids)
+
+
+def score_text(
+  run: api.Run, text: str, logits_path: pathlib.Path | None = None
+) -> Mapping[str, Any]:
+  """Loss, perplexity and bits per byte of a text, in the run's windows.
+
+  Args:
+    run: a loaded stage.
+    text: of any length.
+    logits_path: where to write logits `[1, L, V]` float32 of the whole text as one
+      sequence that begins with `bos_id`; it must not be longer than trained for.
+
+  Raises:
+    InputError: logits are wanted of a text longer than trained for.
+  """
+  context, stride = run.config.data.eval_window
+  ids = run.tokenizer.encode_documents([text])
+  if logits_path is not None:
+    # The last id is never an input: it is only predicted.
+    _write_logits(run, ids[0][None, :-1], logits_path)
+  eval_set = evaluation.EvalSet(
+    documents=(text,), ids=tuple(ids), context=context, stride=stride
+  )
+  batch_size = run.config.measure.eval_batch_size
+  return quality.evaluate(run.model, run.params, eval_set, batch_size)
+
+
+def score_tokens(
+  run: api.Run, ids_BL: np.ndarray, logits_path: pathlib.Path | None = None
+) -> Mapping[str, Any]:
+  """Loss, perplexity and bits per byte of rows of ids.
+
+  The first id of a row is context; bytes are those of the ids that are predicted.
+
+  Args:
+    run: a loaded stage.
+    ids_BL: token ids.
+    logits_path: where to write the logits `[B, L, V]`, float32.
+
+  Raises:
+    InputError: rows longer than trained for, or ids outside of the vocabulary.
+  """
+  logits_BLV = score.logits(run.model, run.params, ids_BL)
+  if logits_path is not None:
+    _save(logits_path, logits_BLV)
+  shifted_BLV = logits_BLV[:, :-1].astype(np.float64)
+  shifted_BLV -= shifted_BLV.max(axis=-1, keepdims=True)
+  targets_BL1 = ids_BL[:, 1:, None].astype(np.int64)
+  chosen_BL = np.take_along_axis(shifted_BLV, targets_BL1, axis=-1)[..., 0]
+  nll_BL = np.log(np.exp(shifted_BLV).sum(axis=-1)) - chosen_BL
+  num_bytes = sum(len(run.tokenizer.decode_bytes(row[1:].tolist())) for row in ids_BL)
+  config.require(num_bytes > 0, "these ids stand for no text: nothing to score")
+  return quality.summarize(float(nll_BL.sum()), nll_BL.size, num_bytes)
+
+
+def _write_logits(run: api.Run, ids_BL: np.ndarray, path: pathlib.Path) -> None:
+  _save(path, score.logits(run.model, run.params, ids_BL.astype(np.int32)))
+
+
+def _save(path: pathlib.Path, logits_BLV: np.ndarray) -> None:
+  with open(path, "wb") as file:  # np.save would add a suffix to other names.
+    np.save(file, logits_BLV)
+
+
+def _read(path: pathlib.Path) -> bytes:
+  if not path.is_file():
+    raise errors.InputError(f"{path} does not exist or is not a file")
+  return path.read_bytes()

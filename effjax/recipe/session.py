@@ -1,0 +1,115 @@
+"""What the stages of one run share: the plan, the opened data, the run folder."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from effjax.data import evaluation, pipeline
+from effjax.recipe import folder
+from effjax.recipe import plan as plan_lib
+from effjax.train import stages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+  """A run under way.
+
+  Attributes:
+    plan: what is to be done.
+    data: the opened corpus.
+    root: the run folder.
+    profile: whether each training traces some of its steps.
+  """
+
+  plan: plan_lib.Plan
+  data: pipeline.TextData
+  root: pathlib.Path
+  profile: bool = False
+
+  @property
+  def config(self) -> Any:
+    """The root config."""
+    return self.plan.config
+
+  @property
+  def corpus(self) -> str:
+    """Name and hash of the corpus, as the table shows them."""
+    return f"{self.data.corpus.name} {self.data.corpus.facts['hash'][:12]}"
+
+  def folder(self, index: int) -> pathlib.Path:
+    """Folder of stage number `index` (from 0)."""
+    return folder.stage_folder(self.root, index, self.config.stages[index].name)
+
+  def start(self, index: int) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+    """Model, parameters and specs that stage `index` starts from.
+
+    They are read from the parent's folder also when it was made a moment ago, so a
+    resumed run computes with exactly what the first one had.
+    """
+    parent = self.config.parent(index)
+    if parent is None:
+      return self.plan.model, self.fresh_params(), self.plan.specs
+    preset = self.config.mesh.preset
+    stage = stages.load_stage(self.folder(parent), self.plan.mesh, preset)
+    return stage.model, stage.params, stage.specs
+
+  def fresh_params(self) -> dict[str, Any]:
+    """Freshly initialized parameters, each where it belongs on the mesh."""
+    model = self.plan.model
+    init = lambda key: model.init(key, *model.example_inputs())["params"]
+    key = jax.random.key(self.config.seed)
+    shardings = self.plan.shardings(jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+  def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:
+    """The validation text that is scored, or its first `max_bytes`."""
+    eval_set = self.data.eval_set
+    if max_bytes is None or max_bytes >= eval_set.num_bytes:
+      return eval_set
+    return evaluation.choose(
+      self.data.corpus,
+      self.data.tokenizer,
+      max_bytes,
+      eval_set.context,
+      eval_set.stride,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+  """What a stage made.
+
+  Attributes:
+    model: the model, as it is to be measured and saved.
+    params: its parameter tree.
+    specs: tree of its ParamSpecs.
+    secs: wall time it took, over all starts.
+  """
+
+  model: Any
+  params: dict[str, Any]
+  specs: Mapping[str, Any]
+  secs: float
+
+
+class Stopwatch:
+  """Seconds since it was made."""
+
+  def __init__(self):
+    self._start = time.monotonic()
+
+  def read(self) -> float:
+    """Seconds since the start."""
+    return time.monotonic() - self._start
+
+
+def say(text: str) -> None:
+  """One line of progress, on stderr, from process 0."""
+  if jax.process_index() == 0:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""One train step and one loop: losses, optimizers and precision are their arguments."""

@@ -1,0 +1,223 @@
+"""Checkpoints of a training under way: state, position in the data, and notes.
+
+Arrays are stored under the names of their places in the state, and are only ever read
+into a target built from a live state, onto its shardings: a checkpoint can be restored
+on another number of devices. Writing is asynchronous, after a copy to the host.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from effjax.core import config as config_lib
+from effjax.core import errors
+from effjax.train import state as state_lib
+
+# What reading a damaged checkpoint raises: files that are gone, text that is no JSON,
+# missing keys, and (as ValueError) tensorstore's own complaints.
+DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
+# Sizes of the files of a checkpoint, committed with it. A file that was cut is found by
+# them before its arrays are read; tensorstore finds it too, but not in one line.
+SIZES = "sizes.json"
+
+
+class Checkpoints:
+  """The checkpoints of one stage, newest first."""
+
+  def __init__(self, directory: pathlib.Path, keep: int, notice: Callable[[str], None]):
+    """Opens a folder of checkpoints, making it if needed.
+
+    Args:
+      directory: where they are.
+      keep: how many are kept.
+      notice: told, in one line, what a person should know.
+    """
+    self._directory = directory.absolute()
+    self._notice = notice
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.LatestN(n=keep),
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._note_sizes),
+      ),
+    )
+
+  def save(
+    self,
+    state: state_lib.TrainState,
+    batches: Any,
+    notes: Mapping[str, Any],
+    config: Mapping[str, Any],
+  ) -> None:
+    """Starts to write a checkpoint; it counts from the moment it is whole.
+
+    Args:
+      state: the state, which may be donated as soon as this returns.
+      batches: grain iterator, at the batch after this state.
+      notes: plain values to hand back at restore.
+      config: the resolved config of the stage, as plain values.
+
+    Raises:
+      OSError: the disk is full (ENOSPC), now or for the checkpoint before.
+    """
+    arrays = state_lib.describe(state)
+    meta = {
+      "notes": dict(notes),
+      "config": config,
+      "arrays": {name: _summary(array) for name, array in arrays.items()},
+    }
+    items = {"state": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
+    if batches is not None:
+      items["data"] = grain.checkpoint.CheckpointSave(batches)
+    with disk_full_named(self._directory):
+      self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+  def restore(
+    self, like: state_lib.TrainState, batches: Any, config: Mapping[str, Any]
+  ) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, or None.
+
+    One that is damaged is set aside and said so, and the one before it is taken.
+
+    Args:
+      like: a state of the same structure, whose shapes, dtypes and shardings to use.
+      batches: grain iterator, set to the position of the checkpoint.
+      config: the config this start has; another one cannot continue.
+
+    Returns:
+      State and notes.
+
+    Raises:
+      InputError: a checkpoint is whole but belongs to another config or model.
+    """
+    start = None if batches is None else batches.get_state()
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        self._check_sizes(step)
+        meta = self._manager.restore(
+          step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+        notes, old_config, arrays = meta["notes"], meta["config"], meta["arrays"]
+      except DAMAGED as error:
+        self._set_aside(step, error)
+        continue
+      self._check_same(step, old_config, config, arrays, like)
+      try:
+        return self._read(step, like, batches), notes
+      except DAMAGED as error:
+        self._set_aside(step, error)
+    if start is not None:
+      batches.set_state(start)
+    return None
+
+  def wait(self) -> None:
+    """Returns when everything is on disk.
+
+    Raises:
+      OSError: the disk is full (ENOSPC).
+    """
+    with disk_full_named(self._directory):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the writer's threads."""
+    with disk_full_named(self._directory):
+      self._manager.close()
+
+  def _read(self, step: int, like: state_lib.TrainState, batches: Any) -> Any:
+    target = {
+      name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+      for name, a in state_lib.describe(like).items()
+    }
+    items = {"state": ocp.args.StandardRestore(target)}
+    if batches is not None:
+      items["data"] = grain.checkpoint.CheckpointRestore(batches)
+    arrays = self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+    leaves = [arrays[name] for name in target]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def _note_sizes(self) -> None:
+    """Called when a checkpoint is complete, just before the rename that commits it."""
+    if jax.process_index() != 0:
+      return
+    for folder in self._directory.iterdir():
+      step = folder.name.partition(".")[0]
+      if not step.isdigit() or (folder / SIZES).exists():
+        continue
+      # Orbax still writes to the files beside the items.
+      files = [file for file in sorted(folder.glob("*/**/*")) if file.is_file()]
+      sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+      partial = folder / f"{SIZES}.partial"
+      partial.write_text(json.dumps(sizes), encoding="utf-8")
+      os.replace(partial, folder / SIZES)
+
+  def _check_sizes(self, step: int) -> None:
+    folder = self._directory / str(step)
+    sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+    for name, size in sizes.items():
+      actual = (folder / name).stat().st_size
+      if actual != size:
+        raise ValueError(f"{name} has {actual} of {size} bytes")
+
+  def _check_same(self, step, old_config, config, arrays, like) -> None:
+    changed = config_lib.differences(old_config, config)
+    if changed:
+      raise errors.InputError(
+        f"the checkpoint of step {step} in {self._directory} was written with another "
+        f"config ({'; '.join(changed[:3])}); use that one, or another folder"
+      )
+    wanted = {name: _summary(a) for name, a in state_lib.describe(like).items()}
+    for name in sorted(wanted.keys() | arrays.keys()):
+      if wanted.get(name) != arrays.get(name):
+        raise errors.InputError(
+          f"the checkpoint of step {step} in {self._directory} does not fit the model: "
+          f"{name} is {arrays.get(name)}, needed is {wanted.get(name)}"
+        )
+
+  def _set_aside(self, step: int, error: BaseException) -> None:
+    """Renames a damaged checkpoint, so that nothing is lost and the step is free."""
+    source = self._directory / str(step)
+    target = self._directory / f"damaged-{step}"
+    number = 0
+    while target.exists():
+      number += 1
+      target = self._directory / f"damaged-{step}-{number}"
+    if jax.process_index() == 0 and source.exists():
+      os.rename(source, target)
+    self._manager.reload()
+    reason = " ".join(str(error).split())[:120]
+    self._notice(
+      f"checkpoint of step {step} is damaged ({type(error).__name__}: {reason}); moved "
+      f"to {target}, falling back to the one before"
+    )
+
+
+@contextlib.contextmanager
+def disk_full_named(path: pathlib.Path) -> Iterator[None]:
+  """Turns every way a full disk shows itself into one OSError that names the path.
+
+  Raises:
+    OSError: ENOSPC.
+  """
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    if not full and os.strerror(errno.ENOSPC) not in str(error):
+      raise
+    message = os.strerror(errno.ENOSPC)
+    raise OSError(errno.ENOSPC, message, str(path)) from error
+
+
+def _summary(array: Any) -> list[Any]:
+  return [list(array.shape), str(array.dtype)]

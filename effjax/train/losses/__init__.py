@@ -1,0 +1,1 @@
+"""What training minimizes, one loss a file; the file name is the key."""

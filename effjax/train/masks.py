@@ -1,0 +1,55 @@
+"""Pruned weights while they train: plain arrays with exact zeros, masks beside them.
+
+The masks move into the optimizer state (optim.masking), which keeps pruned entries at
+zero; a finished stage hands on masked leaves again.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from effjax.core import tree as tree_lib
+from effjax.weights import leaf as leaf_lib
+from effjax.weights.leaves import masked
+
+
+def take_out(
+  params: Mapping[str, Any], paths: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Plain parameters and their masks.
+
+  Args:
+    params: parameter tree.
+    paths: the parameters that train; masks of others, and masks over other leaf kinds,
+      stay where they are.
+
+  Returns:
+    Parameters, and a tree of bool arrays with `None` where nothing is masked; or `None`
+    if nothing is masked at all.
+  """
+  masks = {
+    path: leaf.mask() if path in paths and _is_open(leaf) else None
+    for path, leaf in tree_lib.flatten(params).items()
+  }
+  if not any(mask is not None for mask in masks.values()):
+    return dict(params), None
+  plain = tree_lib.map_leaves(
+    lambda path, leaf: leaf if masks[path] is None else leaf.dense(), params
+  )
+  return plain, tree_lib.unflatten(masks)
+
+
+def put_back(
+  params: Mapping[str, Any], masks: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """The inverse of `take_out`, for parameters whose masked entries stayed zero."""
+  if masks is None:
+    return dict(params)
+
+  def wrap(path: str, leaf: Any, mask: Any) -> Any:
+    return leaf if mask is None else masked.Masked.create(leaf, mask)
+
+  return tree_lib.map_leaves(wrap, params, masks)
+
+
+def _is_open(leaf: Any) -> bool:
+  return isinstance(leaf, masked.Masked) and not leaf_lib.is_leaf_kind(leaf.values)

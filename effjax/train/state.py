@@ -1,0 +1,132 @@
+"""The train state, and where each of its arrays lives."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax.core import errors, partition
+from effjax.parallel import rules, sharding
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything an update changes, and all that a checkpoint holds.
+
+  Attributes:
+    step: updates done, int32 scalar.
+    params: the trainable part of the parameters (see core.partition).
+    opt_state: state of the optax chain, float32 like the parameters.
+    collections: model state other than parameters: `{"state": ...}` or `{}`.
+    key_data: raw data of the stage's random key; update n draws from
+      `fold_in(key, n)`.
+  """
+
+  step: Any
+  params: Any
+  opt_state: Any
+  collections: Any
+  key_data: Any
+
+
+def split(
+  params: Mapping[str, Any], paths: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`(trainable, frozen)`, checked to be something gradients can be taken of.
+
+  Raises:
+    InputError: nothing trains, or a selected parameter is not floating point.
+  """
+  trainable, frozen = partition.partition(params, paths)
+  flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
+  for path, array in flat:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise errors.InputError(
+        f"{jax.tree_util.keystr(path)} is {array.dtype} and cannot be trained; select "
+        "floating-point parameters with `where`"
+      )
+  if not flat:
+    raise errors.InputError("`where` selects no trainable parameter")
+  return trainable, frozen
+
+
+def place(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  paths: frozenset[str],
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: Mesh,
+  preset: str,
+) -> tuple[TrainState, dict[str, Any], TrainState]:
+  """The first state and the frozen parameters, each array where it belongs.
+
+  Shardings are worked out on shapes first: `jit(tx.init)` alone would replicate the
+  optimizer state. The state's arrays are copies, since a step that donates them would
+  otherwise delete the caller's parameters.
+
+  Returns:
+    `(state, frozen, shardings)`; `shardings` mirrors the state.
+
+  Raises:
+    InputError: the selection cannot be trained, or a large array would be replicated
+      by a preset that shards parameters.
+  """
+  table = rules.PRESETS[preset].params
+  placed = sharding.tree_shardings(mesh, table, specs, params)
+  trainable, frozen = split(params, paths)
+  trainable_shardings, frozen_shardings = partition.partition(placed, paths)
+
+  def first(trainable, key_data):
+    return TrainState(
+      step=jnp.int32(0),
+      params=jax.tree.map(jnp.copy, trainable),
+      opt_state=tx.init(trainable),
+      collections=_first_collections(model, key_data),
+      key_data=jnp.copy(key_data),
+    )
+
+  key_data = jax.random.key_data(key)
+  shapes = jax.eval_shape(first, trainable, key_data)
+  whole = NamedSharding(mesh, PartitionSpec())
+  shardings = TrainState(
+    step=whole,
+    params=trainable_shardings,
+    opt_state=sharding.state_shardings(mesh, table, specs, shapes.opt_state),
+    collections=jax.tree.map(lambda _: whole, shapes.collections),
+    key_data=whole,
+  )
+  sharding.check_not_replicated(mesh, preset, shapes, shardings)
+  sharding.check_not_replicated(mesh, preset, frozen, frozen_shardings)
+  inputs = jax.device_put(
+    (trainable, key_data), (trainable_shardings, whole), may_alias=True
+  )
+  state = jax.jit(first, out_shardings=shardings)(*inputs)
+  return state, jax.device_put(frozen, frozen_shardings), shardings
+
+
+def _first_collections(model: nn.Module, key_data: jax.Array) -> dict[str, Any]:
+  """`{"state": ...}` of a model that keeps a state while training, else `{}`."""
+  init = lambda key: model.init(key, *model.example_inputs())
+  key = jax.random.wrap_key_data(key_data)
+  if "state" not in jax.eval_shape(init, key):
+    return {}
+  return {"state": init(key)["state"]}
+
+
+def num_bytes(tree: Any) -> int:
+  """Bytes of all arrays of a tree, over all devices once."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def describe(tree: Any) -> dict[str, Any]:
+  """A tree's arrays as `{"path": array}`, in one fixed order."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat
+  }

@@ -1,0 +1,201 @@
+"""The one jitted train step; everything that varies between trainings is an argument.
+
+Gradients are those of the summed loss, added in float32 over micro-batches and divided
+once by the total weight of the targets: one big batch and any number of micro-batches
+agree up to rounding, also when they hold unequal numbers of targets. Clipping and
+masks belong to the optax chain (optim.config.build).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax.core import errors, partition, precision
+from effjax.core import shard as shard_lib
+from effjax.optim import base as optim_base
+from effjax.parallel import rules
+from effjax.train import state as state_lib
+from effjax.train.losses import base
+
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled update, `state, metrics = step(state, batch)`.
+
+  The given state is donated: its arrays are deleted, unless the platform cannot.
+  Metrics are float32 scalars on the device: `loss`, `grad_norm` (before clipping),
+  `param_norm` (after the update), `lr`, `tokens` (summed weights of the targets),
+  `finite` (1 while all of these are), and those of the loss.
+
+  Attributes:
+    fn: the jitted function `fn(state, frozen, batch)`.
+    frozen: parameters that do not train.
+    mesh: the device mesh.
+    preset: key of parallel.rules.PRESETS.
+    micro_batches: parts a batch is cut into.
+  """
+
+  fn: Any
+  frozen: dict[str, Any]
+  mesh: Mesh
+  preset: str
+  micro_batches: int
+
+  def __call__(
+    self, state: state_lib.TrainState, batch: Batch
+  ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+    return self.fn(state, self.frozen, batch)
+
+  def put(self, batch: Batch) -> dict[str, jax.Array]:
+    """A batch on the devices, each process giving its own rows.
+
+    Raises:
+      InputError: rows do not divide into micro-batches.
+    """
+    placed = {}
+    for name, rows in batch.items():
+      if rows.shape[0] % self.micro_batches:
+        raise errors.InputError(
+          f"a batch of {rows.shape[0]} sequences does not divide into "
+          f"micro_batches={self.micro_batches}"
+        )
+      axes = ("batch",) + (None,) * (rows.ndim - 1)
+      global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+      table = rules.PRESETS[self.preset].activations
+      spec = shard_lib.partition_spec(axes, global_shape, self.mesh, table)
+      sharding = NamedSharding(self.mesh, spec)
+      if jax.process_count() == 1:
+        placed[name] = jax.device_put(rows, sharding)
+      else:
+        placed[name] = jax.make_array_from_process_local_data(sharding, rows)
+    return placed
+
+  def num_compilations(self) -> int:
+    """How often the step was compiled so far; more than once is a mistake."""
+    return self.fn._cache_size()
+
+
+def make(
+  model: nn.Module,
+  loss_fn: base.LossFn,
+  tx: optax.GradientTransformation,
+  lr_fn: optim_base.Schedule,
+  frozen: dict[str, Any],
+  shardings: state_lib.TrainState,
+  *,
+  mesh: Mesh,
+  preset: str,
+  micro_batches: int = 1,
+  policy: precision.PrecisionConfig | None = None,
+) -> Step:
+  """Builds the train step; nothing is compiled before its first call.
+
+  Args:
+    model: Linen module; its `precision`, where it has one, becomes `policy`.
+    loss_fn: see losses.base.LossFn.
+    tx: the whole update rule, clipping included.
+    lr_fn: learning rate by update, for the log.
+    frozen: the part of the parameters that does not train, already placed.
+    shardings: NamedShardings of the state, see state.place.
+    mesh: the device mesh.
+    preset: key of parallel.rules.PRESETS.
+    micro_batches: parts a batch is cut into.
+    policy: compute precision; float32 by default.
+  """
+  policy = policy or precision.PrecisionConfig()
+  if hasattr(model, "precision"):
+    model = model.clone(precision=policy)
+  activations = rules.PRESETS[preset].activations
+
+  def objective(trainable, frozen, collections, batch, rng):
+    params = partition.merge(trainable, frozen)
+    loss = loss_fn(model, {"params": params, **collections}, batch, rng)
+    return loss.objective, loss
+
+  def update(state, frozen, batch):
+    with shard_lib.use_rules(mesh, activations), policy.context():
+      key = jax.random.wrap_key_data(state.key_data)
+      rng = jax.random.fold_in(key, state.step)
+      gradients, loss = _accumulate(objective, state, frozen, batch, rng, micro_batches)
+      scale = jnp.where(loss.weight > 0, 1 / loss.weight, 0.0)
+      gradients = jax.tree.map(lambda g: g * scale, gradients)
+      updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      metrics = {
+        "loss": loss.objective * scale,
+        "grad_norm": _norm(gradients),
+        "param_norm": _norm(params),
+      }
+      finite = jnp.stack([jnp.isfinite(m) for m in metrics.values()]).all()
+      metrics |= {name: value * scale for name, value in loss.metrics.items()}
+      metrics |= {
+        "lr": jnp.asarray(lr_fn(state.step), jnp.float32),
+        "tokens": loss.weight,
+        "finite": finite.astype(jnp.float32),
+      }
+      state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        collections=loss.collections,
+      )
+    return state, metrics
+
+  whole = NamedSharding(mesh, PartitionSpec())
+  fn = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
+  return Step(fn, frozen, mesh, preset, micro_batches)
+
+
+def _accumulate(objective, state, frozen, batch, rng, micro_batches):
+  """The gradient of the summed objective and the sums, over all micro-batches."""
+  grad_fn = jax.value_and_grad(objective, has_aux=True)
+
+  def one(collections, batch, rng):
+    (_, loss), gradients = grad_fn(state.params, frozen, collections, batch, rng)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), loss
+
+  if micro_batches == 1:
+    return one(state.collections, batch, rng)
+
+  def body(carry, xs):
+    gradients, sums, collections = carry
+    index, part = xs
+    new, loss = one(collections, part, jax.random.fold_in(rng, index))
+    add = lambda a, b: a + b
+    gradients = jax.tree.map(add, gradients, new)
+    sums = jax.tree.map(add, sums, loss._replace(collections={}))
+    return (gradients, sums, loss.collections), None
+
+  parts = jax.tree.map(lambda rows: _cut(rows, micro_batches), batch)
+  first = jax.tree.map(lambda rows: rows[0], parts)
+  _, shapes = jax.eval_shape(one, state.collections, first, rng)
+  zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
+  start = (zeros(state.params), zeros(shapes._replace(collections={})))
+  (gradients, sums, collections), _ = jax.lax.scan(
+    body, (*start, state.collections), (jnp.arange(micro_batches), parts)
+  )
+  return gradients, sums._replace(collections=collections)
+
+
+def _cut(rows: jax.Array, parts: int) -> jax.Array:
+  """`[B, ...]` to `[parts, B / parts, ...]`, every device keeping its own rows.
+
+  Part m takes rows m, m + parts, ...: a cut into consecutive rows would move nearly
+  every row of a batch that is spread over devices.
+  """
+  cut = rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
+  return shard_lib.shard(cut, (None, "batch") + (None,) * (cut.ndim - 2))
+
+
+def _norm(tree: Any) -> jax.Array:
+  """Global L2 norm, float32."""
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(squares))

@@ -1,0 +1,1 @@
+"""Weights: the leaf kinds, `weight()` and the five verbs."""

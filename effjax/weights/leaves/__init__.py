@@ -1,0 +1,1 @@
+"""Leaf kinds, one a file; the file name is the kind."""

@@ -1,0 +1,198 @@
+"""Every leaf kind x every verb x every way JAX may run it, against the dense weight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effjax.core import partition, registry, specs
+from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import rules, sharding
+from effjax.weights import describe, leaf, verbs
+from effjax.weights.leaves import masked, quantized
+
+IN, OUT, TAPS, EXPERTS, LAYERS = 16, 8, 4, 3, 2
+
+
+def _codes(key, shape, bits, signed=True):
+  top = 2 ** (bits - 1)
+  low, high = (-top + 1, top) if signed else (0, 2 * top)
+  return jax.random.randint(key, shape, low, high)
+
+
+def _quantized(key, shape, axis, *, bits=8, groups=1, zero=False, activations="none"):
+  keys = jax.random.split(key, 3)
+  grid = list(shape)
+  grid[axis] = groups
+  scale = jax.random.uniform(keys[1], grid, minval=0.01, maxval=0.1)
+  zeros = _codes(keys[2], grid, bits, signed=False) if zero else None
+  return quantized.Quantized.create(
+    _codes(keys[0], shape, bits, signed=not zero),
+    scale,
+    zeros,
+    bits=bits,
+    axis=axis,
+    activations=activations,
+  )
+
+
+def _masked(key, shape, axis, inner=None):
+  values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
+  return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
+
+
+def _plain(key, shape, axis):
+  del axis
+  return jax.random.normal(key, shape)
+
+
+_int4 = functools.partial(_quantized, bits=4, groups=4)
+KINDS = {
+  "plain": _plain,
+  "int8": _quantized,
+  "int8_dynamic": functools.partial(_quantized, activations="int8"),
+  "int8_asymmetric": functools.partial(_quantized, groups=2, zero=True),
+  "int4_groups": _int4,
+  "int3": functools.partial(_quantized, bits=3),
+  "int2_asymmetric": functools.partial(_quantized, bits=2, groups=4, zero=True),
+  "masked": _masked,
+  "masked_int4": functools.partial(_masked, inner=_int4),
+}
+VERBS = ("contract", "transposed", "lookup", "grouped_contract", "conv", "dense")
+
+
+def _case(verb, make):
+  """A weight, the function that uses it, and its activations."""
+  key = jax.random.key(7)
+  x_BLI = jax.random.normal(jax.random.key(1), (2, 5, IN))
+  match verb:
+    case "contract":
+      return make(key, (IN, OUT), -2), lambda w, x: verbs.contract(x, w), x_BLI
+    case "transposed":
+      fn = lambda w, x: verbs.contract(x, w, transpose=True)
+      return make(key, (OUT, IN), -1), fn, x_BLI
+    case "lookup":
+      fn = lambda w, x: verbs.lookup(w, jnp.argmax(x, axis=-1))
+      return make(key, (IN, OUT), -1), fn, x_BLI
+    case "grouped_contract":
+      sizes = jnp.array([4, 0, 6], jnp.int32)
+      fn = lambda w, x, sizes=sizes: verbs.grouped_contract(x.reshape(10, IN), w, sizes)
+      return make(key, (EXPERTS, IN, OUT), -2), fn, x_BLI
+    case "conv":
+      return make(key, (TAPS, IN), -2), lambda w, x: verbs.conv(x, w)[0], x_BLI
+    case "dense":
+      return make(key, (IN, OUT), -2), lambda w, x: verbs.dense(w), x_BLI
+
+
+def _tolerance(name):
+  # Dynamic activations are rounded to 8 bits; everything else is the same function.
+  return 2e-2 if name == "int8_dynamic" else 1e-5
+
+
+def _close(a, b, tolerance):
+  limit = tolerance * max(1.0, float(jnp.max(jnp.abs(b))))
+  assert float(jnp.max(jnp.abs(a - b))) <= limit
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+  return request.param
+
+
+@pytest.fixture(params=VERBS)
+def case(request, kind):
+  groups_fit = request.param != "conv" or kind in ("plain", "int8", "masked", "int3")
+  if not groups_fit:
+    kind = "int8"
+  return kind, *_case(request.param, KINDS[kind])
+
+
+def test_equals_the_dense_weight_and_jit(case):
+  name, w, fn, x = case
+  dense = verbs.dense(w)
+  assert dense.shape == tuple(w.shape) and dense.dtype == w.dtype
+  expected = fn(dense, x)
+  _close(fn(w, x), expected, _tolerance(name))
+  _close(jax.jit(fn)(w, x), fn(w, x), 1e-5)
+
+
+# A lookup has no gradient to its ids, and rounding activations to int8 has none.
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "int8_dynamic"])
+@pytest.mark.parametrize("verb", ["contract", "transposed", "grouped_contract"])
+def test_gradient_to_activations(kind, verb):
+  w, fn, x = _case(verb, KINDS[kind])
+  probe = jax.random.normal(jax.random.key(3), fn(w, x).shape)
+  loss = lambda w: lambda x: jnp.sum(fn(w, x) * probe)
+  gradient = jax.grad(loss(w))(x)
+  assert float(jnp.max(jnp.abs(gradient))) > 0
+  _close(gradient, jax.grad(loss(verbs.dense(w)))(x), 1e-5)
+
+
+def test_gradient_to_what_trains(case):
+  _, w, fn, x = case
+  trainable, frozen = partition.partition({"w": w}, {"w"})
+  loss = lambda t: jnp.sum(fn(partition.merge(t, frozen)["w"], x) ** 2)
+  grads = jax.grad(loss)(trainable)
+  for g in jax.tree.leaves(grads):
+    assert jnp.all(jnp.isfinite(g))
+  if isinstance(w, jax.Array):
+    assert float(jnp.max(jnp.abs(grads["w"]))) > 0
+
+
+def test_scan_and_vmap_over_stacked_leaves(case):
+  name, w, fn, x = case
+  stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), w)
+  one = lambda i: jax.tree.map(lambda a: a[i], stacked)
+  expected = jnp.stack([fn(one(i), x) for i in range(LAYERS)])
+  scanned = jax.lax.scan(lambda c, w: (c, fn(w, x)), 0, stacked)[1]
+  _close(scanned, expected, 1e-5)
+  # jax.lax.ragged_dot maps over all of its arguments or none, sizes included.
+  args = (stacked, *(jnp.stack([a, a]) for a in (x, *(fn.__defaults__ or ()))))
+  mapped = jax.vmap(fn)(*args)
+  _close(mapped, expected, max(1e-5, _tolerance(name) / 10))
+  assert tuple(stacked.shape) == (LAYERS, *w.shape)
+
+
+@pytest.mark.parametrize("preset", rules.PRESETS)
+def test_eight_devices_equal_one(kind, preset):
+  make = KINDS[kind]
+  w = make(jax.random.key(0), (64, 32), -2)
+  x = jax.random.normal(jax.random.key(1), (8, 64))
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset))
+  spec = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=(64, 32))
+  table = rules.PRESETS[preset].params
+  placed = sharding.tree_shardings(mesh, table, {"w": spec}, {"w": w})["w"]
+  w8 = jax.device_put(w, placed)
+  if preset != "dp":
+    split = [not a.sharding.is_fully_replicated for a in jax.tree.leaves(w8)]
+    assert any(split)
+  x8 = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+  y8 = jax.jit(lambda w, x: verbs.contract(x, w))(w8, x8)
+  _close(np.asarray(y8), verbs.contract(x, w), 1e-5)
+
+
+def test_description_restores_the_structure(kind):
+  w = KINDS[kind](jax.random.key(0), (IN, OUT), -2)
+  target = describe.abstract(describe.describe(w))
+  shapes = jax.eval_shape(lambda: w)
+  assert jax.tree.structure(target) == jax.tree.structure(shapes)
+  assert jax.tree.leaves(target) == jax.tree.leaves(shapes)
+
+
+def test_bytes_are_those_held(kind):
+  w = KINDS[kind](jax.random.key(0), (IN, OUT), -2)
+  if isinstance(w, jax.Array):
+    assert w.nbytes == 4 * IN * OUT
+    return
+  assert w.held_bytes() == sum(a.nbytes for a in jax.tree.leaves(w))
+  if kind == "int4_groups":
+    assert w.held_bytes() == IN * OUT // 2 + 4 * OUT * 4
+
+
+def test_every_registered_kind_is_tested():
+  made = [make(jax.random.key(0), (IN, OUT), -2) for make in KINDS.values()]
+  tested = {w.kind for w in made if leaf.is_leaf_kind(w)}
+  assert tested == set(registry.names("effjax.weights.leaves"))
