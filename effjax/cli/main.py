@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from effjax.cli import catalog
@@ -36,9 +37,10 @@ class Parser(argparse.ArgumentParser):
       **kwargs,
     )
 
-  def add_argument(self, *names, **kwargs):
-    self.flags = [*getattr(self, "flags", ()), *(n for n in names if n[:2] == "--")]
-    return super().add_argument(*names, **kwargs)
+  @property
+  def flags(self) -> list[str]:
+    """Every long flag."""
+    return [name for name in self._option_string_actions if name.startswith("--")]
 
   def error(self, message: str) -> NoReturn:
     raise errors.InputError(f"{message}; see {self.prog} --help")
@@ -72,41 +74,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int | None:
-  verbs = registry.names(catalog.VERBS)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_overview())
     return 0 if argv else 2
   if argv[0] == "--version":
     print(f"effjax {_version()}")
     return 0
-  verb = argv[0]
-  if verb not in verbs:
-    raise errors.unknown("flag" if verb.startswith("-") else "verb", verb, verbs)
-  module = importlib.import_module(f"{catalog.VERBS}.{verb}")
-  parser = Parser(prog=f"effjax {verb}", description=(module.__doc__ or "").strip())
-  module.add_arguments(parser)
   try:
-    args = _parse(parser, argv[1:])
+    module, args = parse(argv)
   except SystemExit as exit_:  # --help
     return int(exit_.code or 0)
   return module.main(args)
 
 
-def _parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
-  """Parses; `--config.a.b=v` goes to `args.overrides` of verbs that take a config."""
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+  """The module of a verb, and its arguments; `--config.a.b=v` are `args.overrides`.
+
+  Args:
+    argv: the verb and what follows it.
+
+  Raises:
+    InputError: unknown verb or flag, stray or missing argument.
+    SystemExit: help was asked for, and printed.
+  """
+  verb, *rest = argv
+  verbs = registry.names(catalog.VERBS)
+  if verb not in verbs:
+    raise errors.unknown("flag" if verb.startswith("-") else "verb", verb, verbs)
+  module = importlib.import_module(f"{catalog.VERBS}.{verb}")
+  parser = Parser(prog=f"effjax {verb}", description=(module.__doc__ or "").strip())
+  module.add_arguments(parser)
   takes_config = "--config" in parser.flags
-  overrides = [a for a in argv if takes_config and a.startswith("--config.")]
-  args, rest = parser.parse_known_args([a for a in argv if a not in overrides])
-  if rest:
-    if rest[0].startswith("-"):
-      raise errors.unknown(
-        f"flag of {parser.prog}", rest[0].split("=")[0], parser.flags
-      )
+  overrides = [a for a in rest if takes_config and a.startswith("--config.")]
+  args, left = parser.parse_known_args([a for a in rest if a not in overrides])
+  if left and left[0].startswith("-"):
+    raise errors.unknown(f"flag of {parser.prog}", left[0].split("=")[0], parser.flags)
+  if left:
     raise errors.InputError(
-      f"stray argument {rest[0]!r} after {parser.prog}; see {parser.prog} --help"
+      f"stray argument {left[0]!r} after {parser.prog}; see {parser.prog} --help"
     )
   args.overrides = overrides
-  return args
+  return module, args
 
 
 def _overview() -> str:

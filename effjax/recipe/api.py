@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.compress import registry as transforms
+from effjax.core import config as core_config
 from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
@@ -179,7 +180,7 @@ def generate(
   Raises:
     InputError: an option is out of range, or the text longer than trained for.
   """
-  options = sampling.SamplingOptions(**sampling_options)
+  options = core_config.build(sampling.SamplingOptions, sampling_options, "sampling")
   pieces = generate_lib.stream(
     run.model,
     run.params if params is None else params,

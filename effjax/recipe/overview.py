@@ -23,15 +23,11 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
     (forward, at the training length) and `train_flops_per_token`.
   """
   config = plan.config
-  params = jax.eval_shape(
-    lambda key: plan.model.init(key, *plan.model.example_inputs())["params"],
-    jax.random.key(0),
-  )
   specs = tree_lib.flatten(plan.specs)
-  shardings = tree_lib.flatten(plan.shardings(params))
+  shardings = tree_lib.flatten(plan.shardings(plan.fresh))
   num_params = plan.num_params
   length = config.data.sequence_length
-  forward = flops.per_token(plan.model, params, length).executed
+  forward = flops.per_token(plan.model, plan.fresh, length).executed
   return {
     "config": core_config.to_dict(config),
     "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),

@@ -14,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from effjax.compress import registry as transforms
-from effjax.core import errors, registry
+from effjax.core import errors
 from effjax.core import select as select_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
-from effjax.data import config as data_config
+from effjax.data import pipeline
 from effjax.models import decoder
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
@@ -35,6 +35,7 @@ class Plan:
     config: the root config.
     model: the model, at the precision it is measured with.
     specs: tree of the ParamSpecs of its parameters.
+    fresh: the freshly initialized tree, of ShapeDtypeStructs.
     mesh: the devices.
     shapes: for each stage, the tree it makes, of ShapeDtypeStructs.
   """
@@ -42,6 +43,7 @@ class Plan:
   config: config_lib.Config
   model: Any
   specs: Mapping[str, Any]
+  fresh: Mapping[str, Any]
   mesh: Mesh
   shapes: tuple[Mapping[str, Any], ...]
 
@@ -62,17 +64,18 @@ def make(config: config_lib.Config) -> Plan:
   Raises:
     InputError: something does not fit; the message names the stage.
   """
-  builder = registry.find(data_config.BUILDERS, config.data.corpus, "corpus")
-  builder.check(config.data.options, config.data.manual_dir)
+  pipeline.check(config.data)
   mesh = mesh_lib.make(config.mesh)
   model = decoder.Decoder(config.model)
   specs = specs_lib.specs(model)
   fresh = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())
-  plan = Plan(config=config, model=model, specs=specs, mesh=mesh, shapes=())
+  plan = Plan(
+    config=config, model=model, specs=specs, fresh=fresh["params"], mesh=mesh, shapes=()
+  )
   shapes: list[Any] = []
   for i, stage in enumerate(config.stages):
     parent = config.parent(i)
-    start = fresh["params"] if parent is None else shapes[parent]
+    start = plan.fresh if parent is None else shapes[parent]
     with _naming(i, stage.name):
       made = _outcome(stage, specs, start)
       plan.shardings(made)

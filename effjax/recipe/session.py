@@ -62,9 +62,8 @@ class Session:
     """Freshly initialized parameters, each where it belongs on the mesh."""
     model = self.plan.model
     init = lambda key: model.init(key, *model.example_inputs())["params"]
-    key = jax.random.key(self.config.seed)
-    shardings = self.plan.shardings(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(key)
+    shardings = self.plan.shardings(self.plan.fresh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed))
 
   def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:
     """The validation text that is scored, or its first `max_bytes`."""

@@ -16,7 +16,7 @@ from effjax.measure import flops, quality
 from effjax.recipe import profiling
 from effjax.recipe import session as session_lib
 from effjax.train import config as train_config
-from effjax.train import loop
+from effjax.train import device, loop
 
 # A training step costs a forward pass and, for gradients, about two more.
 _PASSES = 3
@@ -59,13 +59,21 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
     evaluate=_evaluator(session, model, options),
     workdir=session.root,
     stage=stage.name,
-    flops_per_token=_PASSES
-    * flops.per_token(model, params, data.config.sequence_length).executed,
+    flops_per_token=_flops_per_token(model, params, data.config.sequence_length),
   )
   batches.close()
   return session_lib.Made(
     model=model, params=trained.params, specs=specs, secs=trained.wall_secs
   )
+
+
+def _flops_per_token(
+  model: Any, params: Mapping[str, Any], length: int
+) -> float | None:
+  """Of a training step, where the device's peak is known; elsewhere nobody asks."""
+  if device.peak_flops(jax.devices()[0].device_kind) is None:
+    return None
+  return _PASSES * flops.per_token(model, params, length).executed
 
 
 def _evaluator(

@@ -8,8 +8,10 @@ on another number of devices. Writing is asynchronous, after a copy to the host.
 import contextlib
 import errno
 import json
+import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,14 +22,23 @@ from orbax.checkpoint import checkpoint_managers
 
 from effjax.core import config as config_lib
 from effjax.core import errors
+from effjax.train import inventory
 from effjax.train import state as state_lib
 
 # What reading a damaged checkpoint raises: files that are gone, text that is no JSON,
 # missing keys, and (as ValueError) tensorstore's own complaints.
 DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError)
-# Sizes of the files of a checkpoint, committed with it. A file that was cut is found by
-# them before its arrays are read; tensorstore finds it too, but not in one line.
-SIZES = "sizes.json"
+# Inventory of the files of a checkpoint, committed with it.
+FILES = "files.json"
+
+
+def quiet_orbax() -> None:
+  """Keeps Orbax from logging: what matters it raises too, and we say it in one line."""
+  logging.getLogger("absl").addFilter(_is_not_orbax)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+  return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class Checkpoints:
@@ -41,6 +52,7 @@ class Checkpoints:
       keep: how many are kept.
       notice: told, in one line, what a person should know.
     """
+    quiet_orbax()
     self._directory = directory.absolute()
     self._notice = notice
     self._manager = ocp.CheckpointManager(
@@ -48,7 +60,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(n=keep),
         enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._note_sizes),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._take_inventory),
       ),
     )
 
@@ -71,6 +83,7 @@ class Checkpoints:
       OSError: the disk is full (ENOSPC), now or for the checkpoint before.
     """
     arrays = state_lib.describe(state)
+    require_space(self._directory, arrays)
     meta = {
       "notes": dict(notes),
       "config": config,
@@ -103,7 +116,7 @@ class Checkpoints:
     start = None if batches is None else batches.get_state()
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        self._check_sizes(step)
+        self._check_inventory(step)
         meta = self._manager.restore(
           step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
@@ -146,28 +159,26 @@ class Checkpoints:
     leaves = [arrays[name] for name in target]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-  def _note_sizes(self) -> None:
+  def _take_inventory(self) -> None:
     """Called when a checkpoint is complete, just before the rename that commits it."""
     if jax.process_index() != 0:
       return
     for folder in self._directory.iterdir():
       step = folder.name.partition(".")[0]
-      if not step.isdigit() or (folder / SIZES).exists():
+      if not step.isdigit() or (folder / FILES).exists():
         continue
       # Orbax still writes to the files beside the items.
-      files = [file for file in sorted(folder.glob("*/**/*")) if file.is_file()]
-      sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-      partial = folder / f"{SIZES}.partial"
-      partial.write_text(json.dumps(sizes), encoding="utf-8")
-      os.replace(partial, folder / SIZES)
+      items = [item for item in sorted(folder.iterdir()) if item.is_dir()]
+      found = {item.name: inventory.take(item) for item in items}
+      partial = folder / f"{FILES}.partial"
+      partial.write_text(json.dumps(found), encoding="utf-8")
+      os.replace(partial, folder / FILES)
 
-  def _check_sizes(self, step: int) -> None:
+  def _check_inventory(self, step: int) -> None:
     folder = self._directory / str(step)
-    sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-    for name, size in sizes.items():
-      actual = (folder / name).stat().st_size
-      if actual != size:
-        raise ValueError(f"{name} has {actual} of {size} bytes")
+    found = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    for item, files in found.items():
+      inventory.check(folder / item, files)
 
   def _check_same(self, step, old_config, config, arrays, like) -> None:
     changed = config_lib.differences(old_config, config)
@@ -200,6 +211,19 @@ class Checkpoints:
       f"checkpoint of step {step} is damaged ({type(error).__name__}: {reason}); moved "
       f"to {target}, falling back to the one before"
     )
+
+
+def require_space(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  """Fails before anything is written where the arrays cannot fit, compression aside.
+
+  Raises:
+    OSError: ENOSPC.
+  """
+  needed = sum(array.nbytes for array in arrays.values())
+  free = shutil.disk_usage(path).free
+  if free < needed:
+    reason = f"{os.strerror(errno.ENOSPC)} ({needed} bytes are needed, {free} are free)"
+    raise OSError(errno.ENOSPC, reason, str(path))
 
 
 @contextlib.contextmanager

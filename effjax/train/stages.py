@@ -2,7 +2,7 @@
 
     model.json      architecture, its config after structural transforms, precision
     tree.json       of every parameter: leaf kinds with versions and static metadata,
-                    nesting, shapes, dtypes, spec
+                    nesting, shapes, dtypes, spec; and what files params/ must hold
     params/         the arrays (orbax)
     tokenizer.json  if there is one
 
@@ -29,7 +29,7 @@ from effjax.data import tokenizers
 from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.parallel import rules, sharding
-from effjax.train import checkpoint
+from effjax.train import checkpoint, inventory
 from effjax.weights import describe
 
 FORMAT = 1
@@ -64,10 +64,12 @@ def save_stage(
     FileExistsError: there is such a folder already.
     OSError: the disk is full (ENOSPC); nothing is left behind.
   """
+  checkpoint.quiet_orbax()
   path = pathlib.Path(path).absolute()
   if path.exists():
     raise FileExistsError(f"{path} exists already")
   path.parent.mkdir(parents=True, exist_ok=True)
+  checkpoint.require_space(path.parent, _named_arrays(params))
   partial = path.with_name(f".{path.name}.partial")
   if jax.process_index() == 0:
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,11 +98,12 @@ def load_stage(
     InputError: there is no such folder, or its parts do not fit together; the message
       names the file or the parameter.
   """
+  checkpoint.quiet_orbax()
   path = pathlib.Path(path).absolute()
   if not path.is_dir():
     raise errors.InputError(f"there is no stage folder {path}")
   model = _read_model(path / "model.json")
-  params, specs = _read_tree(path / "tree.json")
+  files, params, specs = _read_tree(path / "tree.json")
   wanted = _named_arrays(params)
   if mesh is None:
     one = SingleDeviceSharding(jax.devices()[0])
@@ -108,7 +111,7 @@ def load_stage(
   else:
     table = rules.PRESETS[preset].params
     shardings = _named_arrays(sharding.tree_shardings(mesh, table, specs, params))
-  restored = _read_arrays(path / "params", wanted, shardings)
+  restored = _read_arrays(path / "params", files, wanted, shardings)
   filled = {
     name: jax.tree.unflatten(
       jax.tree.structure(leaf), [restored[n] for n, _ in describe.arrays(name, leaf)]
@@ -139,6 +142,8 @@ def _write(
     }
     for name, leaf in tree_lib.flatten(params).items()
   }
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / "params", _named_arrays(params))
   if jax.process_index() == 0:
     about = {
       "format": FORMAT,
@@ -147,11 +152,12 @@ def _write(
       "precision": config_lib.to_dict(model.precision),
     }
     _write_json(folder / "model.json", about)
-    _write_json(folder / "tree.json", {"format": FORMAT, "params": tree})
+    files = inventory.take(folder / "params")
+    _write_json(
+      folder / "tree.json", {"format": FORMAT, "files": files, "params": tree}
+    )
     if tokenizer is not None:
       tokenizer.save(folder / "tokenizer.json")
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder / "params", _named_arrays(params))
 
 
 def _named_arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,11 +181,14 @@ def _read_model(path: pathlib.Path) -> decoder.Decoder:
     raise errors.InputError(f"{path}: {error}") from None
 
 
-def _read_tree(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Abstract parameters and specs."""
-  entries = _read_json(path).get("params")
-  if not isinstance(entries, dict):
-    raise errors.InputError(f"{path}: has no table `params`")
+def _read_tree(
+  path: pathlib.Path,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """The inventory of the arrays' files, abstract parameters, and specs."""
+  value = _read_json(path)
+  files, entries = value.get("files"), value.get("params")
+  if not isinstance(files, dict) or not isinstance(entries, dict):
+    raise errors.InputError(f"{path} has no tables `files` and `params`")
   params, specs = {}, {}
   for name, entry in entries.items():
     where = f"{path}: {name}"
@@ -192,14 +201,18 @@ def _read_tree(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
       raise errors.InputError(
         f"{where} has shape {shape}, its spec says {specs[name].shape}"
       )
-  return tree_lib.unflatten(params), tree_lib.unflatten(specs)
+  return files, tree_lib.unflatten(params), tree_lib.unflatten(specs)
 
 
 def _read_arrays(
-  folder: pathlib.Path, wanted: Mapping[str, Any], shardings: Mapping[str, Any]
+  folder: pathlib.Path,
+  files: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  shardings: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   with ocp.StandardCheckpointer() as checkpointer:
     try:
+      inventory.check(folder, files)
       metadata = checkpointer.metadata(folder).item_metadata
       if metadata is None:
         raise FileNotFoundError("its description of the arrays is gone or damaged")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.ops.conv import api as conv_ops
+from effjax.ops.matmul import contract as contract_ops
 
 
 class Leaf:
@@ -100,8 +101,7 @@ def is_leaf_kind(value: Any) -> bool:
 
 def contract_dense(x: jax.Array, w: jax.Array, *, transpose: bool) -> jax.Array:
   """`contract` for a plain array: in the dtype of x, whatever the weight's."""
-  axis = w.ndim - 1 if transpose else w.ndim - 2
-  return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())))
+  return contract_ops.contract(x, w.astype(x.dtype), transpose)
 
 
 def grouped_contract_dense(

@@ -29,7 +29,7 @@ TIMED = {
   "eval_secs",
 }
 
-_CONFIG = '''"""A recipe that trains, compresses and fine-tunes in seconds."""
+_CONFIG = '''"""Trains, compresses, fine-tunes in seconds; "hybrid" adds Mamba-2."""
 import ml_collections
 
 
@@ -53,8 +53,8 @@ def get_config(arg=""):
   c.model = {
     "vocab_size": 257,
     "embed_dim": 32,
-    "num_layers": 2,
-    "pattern": ("mamba2", "attention"),
+    "num_layers": 2 if arg == "hybrid" else 1,
+    "pattern": ("mamba2", "attention") if arg == "hybrid" else ("attention",),
     "mixer_options": {
       "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16},
       "mamba2": {"head_dim": 16, "state_dim": 16, "chunk": 32},
@@ -91,6 +91,25 @@ class Command:
       "EFFJAX_CACHE": str(folder / "cache"),
       "JAX_PLATFORMS": "cpu",
     }
+
+  @staticmethod
+  def untimed(value: Any) -> Any:
+    """A JSON value without the fields that may differ between equal runs."""
+    if isinstance(value, dict):
+      return {k: Command.untimed(v) for k, v in value.items() if k not in TIMED}
+    return [Command.untimed(v) for v in value] if isinstance(value, list) else value
+
+  @staticmethod
+  def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl, without what may differ."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [Command.untimed(json.loads(line)) for line in lines if line.endswith("\n")]
+
+  @staticmethod
+  def result(workdir: pathlib.Path) -> Any:
+    """result.json, without what may differ."""
+    return Command.untimed(json.loads((workdir / "result.json").read_text()))
 
   def __call__(self, *args: Any) -> subprocess.CompletedProcess:
     """Runs a verb to its end."""
@@ -167,24 +186,3 @@ def finished(command) -> pathlib.Path:
   done = command.run(workdir)
   assert done.returncode == 0, done.stderr
   return workdir
-
-
-def untimed(value: Any) -> Any:
-  """A JSON value without the fields that may differ between equal runs."""
-  if isinstance(value, dict):
-    return {k: untimed(v) for k, v in value.items() if k not in TIMED}
-  return [untimed(v) for v in value] if isinstance(value, list) else value
-
-
-def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of metrics.jsonl, without what may differ."""
-  path = workdir / "metrics.jsonl"
-  if not path.exists():
-    return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [untimed(json.loads(line)) for line in lines if line.endswith("\n")]
-
-
-def result(workdir: pathlib.Path) -> Any:
-  """result.json, without what may differ."""
-  return untimed(json.loads((workdir / "result.json").read_text()))

@@ -191,8 +191,18 @@ def test_damaged_files(stage, tmp_path):
   with pytest.raises(errors.InputError, match=r"tree\.json cannot be read"):
     stages.load_stage(path)
   (path / "tree.json").write_text(text)
+  for file in [file for file in (path / "params").rglob("*") if file.is_file()]:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(errors.InputError, match=rf"params cannot be read.*{file.name}"):
+      stages.load_stage(path)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(errors.InputError, match="was changed"):
+      stages.load_stage(path)
+    file.write_bytes(whole)
+  stages.load_stage(path)
   (path / "params" / "manifest.ocdbt").unlink()
-  with pytest.raises(errors.InputError, match="params cannot be read"):
+  with pytest.raises(errors.InputError, match=r"manifest\.ocdbt is missing"):
     stages.load_stage(path)
 
 

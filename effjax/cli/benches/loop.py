@@ -62,7 +62,7 @@ def bench(quick: bool = False) -> timing.Table:
       }
     ],
     notes=[
-      f"decoder of {num_layers} layers, width {embed_dim}, batch {batch_size} x {length}",
+      f"{num_layers} layers of width {embed_dim}, batch {batch_size} x {length}",
       f"best of {repeats} runs of {num_steps} steps each, taking turns",
       f"device: {jax.devices()[0].device_kind}",
     ],

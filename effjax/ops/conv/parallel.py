@@ -7,6 +7,7 @@ faster than the one XLA derives (few long rows), and far faster than `lax.conv`.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from effjax.core.config import require
 from effjax.ops.recurrence import segments as segment_ops
@@ -47,16 +48,17 @@ def causal_conv(
   check_shapes(x_BLD, w_KD, bias_D, state_BKD)
   past = w_KD.shape[0] - 1
   label_BL = None if segments_BL is None else _labels(segments_BL)
+  seen_BLD, seen_label_BL = x_BLD, label_BL
   if state_BKD is None:
-    y_BLD = _conv(x_BLD, w_KD, label_BL)
     state_BKD = jnp.zeros((x_BLD.shape[0], past, x_BLD.shape[2]), x_BLD.dtype)
   else:
     seen_BLD = jnp.concatenate([state_BKD.astype(x_BLD.dtype), x_BLD], axis=1)
-    # The state is of document 0, where every row starts.
-    seen_label_BL = label_BL
-    if label_BL is not None:
+    if label_BL is not None:  # the state is of document 0, where every row starts
       seen_label_BL = jnp.pad(label_BL, ((0, 0), (past, 0)))
-    y_BLD = _conv(seen_BLD, w_KD, seen_label_BL)[:, past:]
+  reach_BLK = None
+  if label_BL is not None and past:
+    reach_BLK = _reach(seen_label_BL, past)
+  y_BLD = _conv(seen_BLD, w_KD, reach_BLK)[:, -x_BLD.shape[1] :]
   if bias_D is not None:
     y_BLD += bias_D.astype(jnp.float32)[None, None, :]
   return y_BLD.astype(x_BLD.dtype), _next_state(x_BLD, label_BL, state_BKD)
@@ -117,40 +119,74 @@ def _next_state(
 
 
 @jax.custom_vjp
-def _conv(x_BLD: jax.Array, w_KD: jax.Array, label_BL: jax.Array | None) -> jax.Array:
+def _conv(x_BLD: jax.Array, w_KD: jax.Array, reach_BLK: jax.Array | None) -> jax.Array:
   """The sum over taps in float32, zeros before the row."""
   past = w_KD.shape[0] - 1
-  w_KD = w_KD.astype(jnp.float32)
-  return sum(
-    _delay(x_BLD, back).astype(jnp.float32)
-    * _tap(w_KD[past - back], _reaches(label_BL, back))
-    for back in range(past + 1)
-  )
+  y_BLD = 0.0
+  for back in range(past + 1):
+    tap_D = w_KD[past - back].astype(jnp.float32)
+    seen_BLD = _delay(x_BLD, back).astype(jnp.float32)
+    y_BLD += _reached(seen_BLD, reach_BLK, back) * tap_D[None, None, :]
+  return y_BLD
 
 
-def _forward(x_BLD, w_KD, label_BL):
-  return _conv(x_BLD, w_KD, label_BL), (x_BLD, w_KD, label_BL)
+def _forward(x_BLD, w_KD, reach_BLK):
+  return _conv(x_BLD, w_KD, reach_BLK), (x_BLD, w_KD, reach_BLK)
 
 
 def _backward(residuals, dy_BLD):
-  x_BLD, w_KD, label_BL = residuals
+  x_BLD, w_KD, reach_BLK = residuals
   past = w_KD.shape[0] - 1
   length = x_BLD.shape[1]
   dx_BLD, dw_KD = 0.0, []
   for back in range(min(past, length - 1) + 1):
-    asked_BLD = dy_BLD
-    if label_BL is not None and back:
-      asked_BLD = jnp.where(_reaches(label_BL, back)[..., None], dy_BLD, 0.0)
+    asked_BLD = _reached(dy_BLD, reach_BLK, back)
     tap_D = w_KD[past - back].astype(jnp.float32)
     dx_BLD += _advance(asked_BLD, back) * tap_D[None, None, :]
-    product_BLD = x_BLD[:, : length - back].astype(jnp.float32) * asked_BLD[:, back:]
-    dw_KD.insert(0, jnp.sum(product_BLD, axis=(0, 1)))
+    product_BLD = x_BLD[:, : length - back].astype(jnp.float32) * dy_BLD[:, back:]
+    dw_KD.insert(0, _sum_reached(product_BLD, reach_BLK, back))
   unused = past + 1 - len(dw_KD)  # taps longer than the row
   dw_KD = jnp.pad(jnp.stack(dw_KD), ((unused, 0), (0, 0)))
   return dx_BLD.astype(x_BLD.dtype), dw_KD.astype(w_KD.dtype), None
 
 
 _conv.defvjp(_forward, _backward)
+
+
+def _reach(label_BL: jax.Array, past: int) -> jax.Array:
+  """1 where the token 1, ..., K - 1 positions earlier is of the same document, else 0.
+
+  Before the row there are zeros, so that their label does not matter.
+  """
+  reach_BLK = jnp.stack(
+    [
+      (_delay(label_BL, back) == label_BL) & (label_BL >= 0)
+      for back in range(1, past + 1)
+    ],
+    axis=-1,
+  ).astype(jnp.float32)
+  # XLA merges all but products into their consumers, and merged, the comparisons are
+  # made again for each channel.
+  return jnp.matmul(reach_BLK, jnp.eye(past), precision=lax.Precision.HIGHEST)
+
+
+def _reached(z_BLD: jax.Array, reach_BLK: jax.Array | None, back: int) -> jax.Array:
+  if reach_BLK is None or not back:
+    return z_BLD
+  return z_BLD * reach_BLK[..., back - 1, None]
+
+
+def _sum_reached(z_BLD: jax.Array, reach_BLK: jax.Array | None, back: int) -> jax.Array:
+  """Sum over tokens; z starts at the token `back`. The mask is a product's operand."""
+  if reach_BLK is None or not back:
+    return jnp.sum(z_BLD, axis=(0, 1))
+  reach_BL = reach_BLK[:, back:, back - 1]
+  return lax.dot_general(
+    reach_BL.reshape(1, -1),
+    z_BLD.reshape(-1, z_BLD.shape[-1]),
+    (((1,), (0,)), ((), ())),
+    precision=lax.Precision.HIGHEST,
+  )[0]
 
 
 def _delay(z_BLs: jax.Array, back: int) -> jax.Array:
@@ -162,16 +198,3 @@ def _delay(z_BLs: jax.Array, back: int) -> jax.Array:
 def _advance(z_BLD: jax.Array, back: int) -> jax.Array:
   """Moves tokens `back` positions earlier, with zeros behind."""
   return jnp.pad(z_BLD[:, back:], ((0, 0), (0, back), (0, 0))) if back else z_BLD
-
-
-def _reaches(label_BL: jax.Array | None, back: int) -> jax.Array | None:
-  """Whether the token `back` positions earlier is of the same document."""
-  if label_BL is None or not back:
-    return None
-  # Before the row there are zeros anyway; any label would do.
-  return (_delay(label_BL, back) == label_BL) & (label_BL >= 0)
-
-
-def _tap(w_D: jax.Array, reaches_BL: jax.Array | None) -> jax.Array:
-  w_BLD = w_D[None, None, :]
-  return w_BLD if reaches_BL is None else jnp.where(reaches_BL[..., None], w_BLD, 0.0)

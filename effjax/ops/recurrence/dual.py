@@ -7,9 +7,9 @@ L[l, s] the decay from s to l and e_l, f_s those from its start and to its end,
   S_end = decay of the chunk * S_before + sum_s f_s b_s X_s^T.
 
 The gradient is written out, which takes about 0.7 of the time of the one XLA derives on
-a CPU. Nothing of size chunk x chunk a head is kept for it: L is computed again. The
-gradient of the log decay at t is a sum over all pairs s < t <= l that it stands between;
-each sum is taken over its own terms, never as a difference of larger ones.
+a CPU. Nothing of size chunk x chunk a head is kept for it: L is computed again. The log
+decay at t acts on all pairs s < t <= l that it stands between: its gradient sums over
+exactly those, never by the difference of larger sums.
 
 Heads that share B and C are merged into one product wherever L is not involved, so
 large arrays are transposed for the products with L only.

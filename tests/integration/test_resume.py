@@ -1,0 +1,110 @@
+"""A run that was killed or stopped anywhere ends as if it never had been."""
+
+import random
+import signal
+
+import pytest
+
+_STAGES = ("1-train", "2-int8", "3-pruned", "4-tuned", "5-int4")
+
+
+def _training_at(command, stage, step):
+  """Whether the training of a stage has logged a step."""
+
+  def reached(workdir):
+    rows = command.metrics(workdir)
+    return any(row["stage"] == stage and row["step"] >= step for row in rows)
+
+  return reached
+
+
+def _check_equal(command, workdir, finished):
+  done = command.run(workdir)
+  assert done.returncode == 0, done.stderr
+  assert command.metrics(workdir) == command.metrics(finished)
+  assert command.result(workdir) == command.result(finished)
+  # Below the numbers: the very bytes the last stage holds.
+  for name in ("tree.json", "model.json", "tokenizer.json"):
+    path = f"stages/5-int4/{name}"
+    assert (workdir / path).read_bytes() == (finished / path).read_bytes()
+
+
+def test_killed_at_a_step_and_resumed(command, finished, tmp_path):
+  # The checkpoints are at steps 3, 6, ...: what came after the last one is done again.
+  workdir = tmp_path / "run"
+  at = _training_at(command, "train", 8)
+  code, _, _ = command.signal_when(workdir, at, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  assert not (workdir / "stages" / "1-train").exists()
+  _check_equal(command, workdir, finished)
+
+
+def test_killed_in_a_stage_and_resumed(command, finished, tmp_path):
+  # Stage 3 has begun when the folder of stage 2 stands.
+  workdir = tmp_path / "run"
+  begun = lambda workdir: (workdir / "stages" / "2-int8").exists()
+  code, log, _ = command.signal_when(workdir, begun, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  assert "[1/5] train: done before" not in log
+  done = command.run(workdir)
+  assert "[1/5] train: done before" in done.stderr
+  _check_equal(command, workdir, finished)
+
+
+def test_sigterm_saves_and_says_so(command, finished, tmp_path):
+  workdir = tmp_path / "run"
+  at = _training_at(command, "tuned", 2)
+  code, log, secs = command.signal_when(workdir, at, signal.SIGTERM)
+  assert code == 4, log
+  assert "the same command resumes" in log.splitlines()[-1]
+  assert secs < 60, "the bound is 10 s after the step; the machine may be busy"
+  _check_equal(command, workdir, finished)
+
+
+def test_finished_run_is_left_alone(command, finished):
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+  done = command.run(finished)
+  assert done.returncode == 0, done.stderr
+  after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+  changed = {p.name for p in before if before[p] != after.get(p)}
+  assert changed <= {"env.json", ".lock"}
+  assert before.keys() == after.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_again_and_again(command, finished, tmp_path, seed):
+  """Three kills at random places, in trainings and between them."""
+  draw = random.Random(seed)
+  workdir = tmp_path / "run"
+  for _ in range(3):
+    place = draw.choice(["step", "stage"])
+    if place == "step":
+      at = _training_at(command, *draw.choice([("train", 11), ("tuned", 6)]))
+      delay = draw.randint(0, 40)
+    else:
+      stage = draw.choice(_STAGES)
+      at = lambda workdir, stage=stage: (workdir / "stages" / stage).exists()
+      delay = draw.randint(0, 400)
+    polls = iter(range(10**6))
+    reached = lambda workdir, at=at, delay=delay, polls=polls: (
+      at(workdir) and next(polls) >= delay
+    )
+    code, _, _ = command.signal_when(workdir, reached, signal.SIGKILL)
+    assert code in (-signal.SIGKILL, 0)
+  _check_equal(command, workdir, finished)
+
+
+@pytest.mark.slow
+def test_hybrid_killed_and_resumed(command, tmp_path):
+  """The same with a Mamba-2 layer, whose state and kernels are others."""
+  command.config = command.folder / "tiny.py:hybrid"
+  try:
+    whole = tmp_path / "whole"
+    assert command.run(whole).returncode == 0
+    workdir = tmp_path / "run"
+    at = _training_at(command, "tuned", 4)
+    command.signal_when(workdir, at, signal.SIGKILL)
+    _check_equal(command, workdir, whole)
+  finally:
+    command.config = command.folder / "tiny.py"
