@@ -20,6 +20,8 @@ import ml_collections
 from effjax.core import errors
 
 _SIZES = ("", "smoke")
+# The tied embedding is a quarter of this small model: quantize it too.
+_ALL = {"kind": ("matrix", "embedding")}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -33,15 +35,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     "corpus": "stdlib",
     "vocab_size": 512 if smoke else 2048,
     "sequence_length": 128 if smoke else 256,
-    "batch_size": 8 if smoke else 16,
+    "batch_size": 8,
     "eval_bytes": 20_000 if smoke else 200_000,
   }
   config.model = {
     "vocab_size": config.data.vocab_size,
-    "embed_dim": 64 if smoke else 192,
-    "num_layers": 2 if smoke else 6,
-    "pattern": ("mamba2", "attention") if smoke else ("mamba2", "mamba2", "attention"),
-    "mixer_options": {"attention": {"num_heads": 2 if smoke else 6, "num_kv_heads": 2}},
+    "embed_dim": 64 if smoke else 128,
+    "num_layers": 2 if smoke else 4,
+    "pattern": ("mamba2", "attention"),
+    "mixer_options": {
+      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64},
+      "mamba2": {"head_dim": 64, "state_dim": 32, "chunk": 32},
+    },
     "max_len": 256,
   }
   config.measure = {"xz_preset": 0 if smoke else 6}
@@ -49,20 +54,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     {
       "name": "train",
       "technique": "train",
-      "options": _training(60 if smoke else 600, smoke),
+      "options": _training(60 if smoke else 560, smoke),
     },
-    {"name": "int8", "technique": "rtn", "options": {"bits": 8}},
+    {"name": "int8", "technique": "rtn", "where": _ALL, "options": {"bits": 8}},
     {
       "name": "int8-dynamic",
       "technique": "rtn",
       "after": "train",
+      "where": _ALL,
       "options": {"bits": 8, "activations": "int8"},
     },
     {
       "name": "int4",
       "technique": "rtn",
       "after": "train",
-      "options": {"bits": 4, "group": 64},
+      "where": _ALL,
+      "options": {"bits": 4, "group": 32},
     },
     {
       "name": "pruned",
@@ -78,7 +85,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     {
       "name": "pruned-int4",
       "technique": "rtn",
-      "options": {"bits": 4, "group": 64},
+      "where": _ALL,
+      "options": {"bits": 4, "group": 32},
     },
   )
   return config
@@ -90,8 +98,9 @@ def _training(num_steps: int, smoke: bool, fraction: float = 1.0) -> dict:
     "num_steps": num_steps,
     "optimizer": {
       "name": "muon",
-      "learning_rate": 0.02 * fraction,
-      "schedule": "warmup_cosine",
+      "learning_rate": 0.01 * fraction,
+      "schedule": "wsd",
+      "schedule_options": {"decay_fraction": 0.4},
     },
     "checkpoint_every": 25 if smoke else 100,
     "log_every": 10 if smoke else 20,

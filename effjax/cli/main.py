@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from effjax.cli import catalog
-from effjax.core import errors, registry
+from effjax.core import allocator, errors, registry
 
 _ORDER = ("run", "list", "show", "data", "report", "generate", "score", "bench")
 _EXIT_CODES = """exit codes:
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: arguments without the program's name; the process's own by default.
   """
-  argv = list(sys.argv[1:] if argv is None else argv)
+  if argv is None:  # a process of our own, not a caller's
+    allocator.keep_freed_memory()
+    argv = sys.argv[1:]
+  argv = list(argv)
   try:
     return _dispatch(argv) or 0
   except errors.EffjaxError as error:

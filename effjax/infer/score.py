@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import config, errors
@@ -29,10 +30,10 @@ def logits(model: Any, params: Mapping[str, Any], tokens_BL: Any) -> np.ndarray:
       "was trained for; cut them"
     )
   config.require(
-    tokens_BL.size > 0 and 0 <= tokens_BL.min() and tokens_BL.max() < vocab,
+    tokens_BL.size > 0 and bool(0 <= tokens_BL.min() and tokens_BL.max() < vocab),
     f"token ids must be from 0 to {vocab - 1}",
   )
-  return np.asarray(_logits(model, params, tokens_BL.astype(np.int32)))
+  return np.asarray(_logits(model, params, jnp.asarray(tokens_BL, jnp.int32)))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -148,6 +148,8 @@ def _note_environment(session: session_lib.Session) -> None:
   now = environment.describe() | {"corpus": session.data.facts}
   if path.exists():
     before = folder.read_json(path)
+    if before == now:
+      return
     old, new = before["corpus"]["hash"], now["corpus"]["hash"]
     if old != new:
       raise errors.InputError(

@@ -119,11 +119,6 @@ def _first_collections(model: nn.Module, key_data: jax.Array) -> dict[str, Any]:
   return {"state": init(key)["state"]}
 
 
-def num_bytes(tree: Any) -> int:
-  """Bytes of all arrays of a tree, over all devices once."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def describe(tree: Any) -> dict[str, Any]:
   """A tree's arrays as `{"path": array}`, in one fixed order."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -48,7 +48,7 @@ class Leaf:
     """The weight this leaf stands for, as a plain array of `shape` and `dtype`."""
     raise TypeError(f"{type(self).__name__} does not define dense()")
 
-  def inner_axes(self, axes: Sequence[str | None]) -> dict[str, Any]:
+  def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """Logical axes of each data field, from those of every logical dimension.
 
     A field that holds a leaf or an array gets a tuple of axes; None replicates.

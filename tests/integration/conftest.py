@@ -181,8 +181,8 @@ def command(tmp_path_factory) -> Command:
 
 @pytest.fixture(scope="session")
 def finished(command) -> pathlib.Path:
-  """The folder of a run that was never stopped."""
+  """The folder of a run that was never stopped, and was profiled all the while."""
   workdir = command.folder / "finished"
-  done = command.run(workdir)
+  done = command.run(workdir, "--profile")
   assert done.returncode == 0, done.stderr
   return workdir

@@ -54,6 +54,7 @@ def test_folder_holds_everything(finished):
     "metrics.jsonl",
     "tb",
     "checkpoints",
+    "profile",
     "stages",
     "report.md",
     "report.html",
@@ -121,6 +122,11 @@ def test_fine_tuning_kept_the_zeros(finished):
     after = np.asarray(tuned[path].dense())
     assert not after[~mask].any()
     assert np.abs(after - np.asarray(pruned[path].dense()))[mask].any()
+
+
+def test_profile_is_a_trace(finished):
+  # Runs without one are compared with this run, so a trace changes no number.
+  assert list((finished / "profile" / "train").rglob("*.xplane.pb"))
 
 
 def test_metrics_hold_each_step_once(command, finished):

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,7 +33,9 @@ def test_score_tokens_and_logits(finished, here, capsys):
   assert logits_BLV.dtype == np.float32
   assert logits_BLV.shape == (2, 20, 257)
   run = effjax.load(finished, "train")
-  expected_BLV = run.model.apply({"params": run.params}, ids_BL.astype(np.int32))[0]
+  expected_BLV = run.model.apply(
+    {"params": run.params}, jnp.asarray(ids_BL, jnp.int32)
+  )[0]
   np.testing.assert_allclose(logits_BLV, expected_BLV, atol=1e-5)
   logp_BLV = np.asarray(jax.nn.log_softmax(expected_BLV[:, :-1]), np.float64)
   nll_BL = -np.take_along_axis(logp_BLV, ids_BL[:, 1:, None], axis=-1)[..., 0]
@@ -90,7 +93,7 @@ def test_greedy_text_follows_the_logits(finished, here, capsys):
   run = effjax.load(finished, "train")
   ids = [run.tokenizer.bos_id, *run.tokenizer.encode("import os")]
   for _ in range(6):
-    tokens_BL = np.asarray([ids], np.int32)
+    tokens_BL = jnp.asarray([ids], jnp.int32)
     logits_BLV = run.model.apply({"params": run.params}, tokens_BL)[0]
     ids.append(int(np.argmax(logits_BLV[0, -1])))
     if ids[-1] == run.tokenizer.bos_id:
@@ -151,12 +154,3 @@ def test_bench_runs(suite, here, capsys):
   assert all(
     isinstance(v, str | int | float) for r in found["rows"] for v in r.values()
   )
-
-
-def test_profile_writes_a_trace(command, finished, tmp_path):
-  workdir = tmp_path / "run"
-  done = command.run(workdir, "--profile", "--config.measure.latency=False")
-  assert done.returncode == 0, done.stderr
-  assert list((workdir / "profile" / "train").rglob("*.xplane.pb"))
-  # A trace changes no number.
-  assert command.metrics(workdir) == command.metrics(finished)

@@ -66,6 +66,6 @@ class Masked(leaf_lib.Leaf):
     dense = values.dense() if leaf_lib.is_leaf_kind(values) else values
     return jnp.where(self.mask(), dense, jnp.zeros((), dense.dtype))
 
-  def inner_axes(self, axes: Sequence[str | None]) -> dict[str, Any]:
+  def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """The mask tiles the same dimensions as the values."""
     return {"values": tuple(axes), "mask_bits": tuple(axes)}
