@@ -54,6 +54,16 @@ def entries(topic: str) -> dict[str, str]:
   return {name: summary(p, name) for p in packages for name in registry.names(p)}
 
 
+def markdown() -> str:
+  """Every technique as one Markdown table, as it stands in the README."""
+  rows = ["| kind | name | what it is |", "| --- | --- | --- |"]
+  for topic in topics():
+    if topic not in ("configs", "benches", "verbs"):
+      names = entries(topic).items()
+      rows += [f"| {topic} | `{name}` | {summary} |" for name, summary in names]
+  return "\n".join(rows)
+
+
 def config_files() -> list[pathlib.Path]:
   """The recipes under `configs/` of the current folder."""
   return sorted(

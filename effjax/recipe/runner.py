@@ -156,8 +156,7 @@ def _note_environment(session: session_lib.Session) -> None:
         f"{session.root} was begun on corpus {old[:12]}, now {new[:12]} (other "
         "files or Python); choose another --workdir, or --fresh to start over"
       )
-    changed = core_config.differences(before["versions"], now["versions"], "versions")
-    for line in changed:
+    for line in core_config.differences(before, now, "env"):
       session_lib.say(f"resuming in another environment: {line}")
   folder.write_json(path, now)
 

@@ -111,20 +111,22 @@ class Command:
     """result.json, without what may differ."""
     return Command.untimed(json.loads((workdir / "result.json").read_text()))
 
-  def __call__(self, *args: Any) -> subprocess.CompletedProcess:
-    """Runs a verb to its end."""
+  def __call__(self, *args: Any, **env: str) -> subprocess.CompletedProcess:
+    """Runs a verb to its end; keyword arguments are environment variables."""
     return subprocess.run(
       [sys.executable, "-m", "effjax", *map(str, args)],
       cwd=self.folder,
-      env=self.env,
+      env=self.env | env,
       capture_output=True,
       text=True,
       timeout=300,
     )
 
-  def run(self, workdir: pathlib.Path, *args: Any) -> subprocess.CompletedProcess:
+  def run(
+    self, workdir: pathlib.Path, *args: Any, **env: str
+  ) -> subprocess.CompletedProcess:
     """Runs the recipe in `workdir`."""
-    return self("run", "--config", self.config, "--workdir", workdir, *args)
+    return self("run", "--config", self.config, "--workdir", workdir, *args, **env)
 
   def signal_when(
     self,

@@ -4,7 +4,7 @@ import pathlib
 import re
 import shlex
 
-from effjax.cli import main
+from effjax.cli import catalog, main
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -16,6 +16,13 @@ def _commands():
   blocks = "\n".join(_BLOCK.findall(text)).replace("\\\n", " ")
   calls = (_CALL.match(line.strip().removeprefix("$ ")) for line in blocks.splitlines())
   return [shlex.split(call[1], comments=True) for call in calls if call]
+
+
+def test_the_table_of_techniques_is_fresh():
+  text = (ROOT / "README.md").read_text("utf-8")
+  begin, end = "<!-- effjax list --markdown -->\n", "<!-- end -->"
+  table = text.partition(begin)[2].partition(end)[0].strip()
+  assert table == catalog.markdown(), "run: python -m effjax list --markdown"
 
 
 def test_commands_parse(monkeypatch):

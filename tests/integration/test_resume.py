@@ -111,3 +111,36 @@ def test_hybrid_killed_and_resumed(command, tmp_path):
     _check_equal(command, workdir, whole)
   finally:
     command.config = command.folder / "tiny.py"
+
+
+@pytest.mark.slow
+def test_killed_on_one_device_and_resumed_on_eight(command, finished, tmp_path):
+  workdir = tmp_path / "run"
+  at = _training_at(command, "train", 8)
+  command.signal_when(workdir, at, signal.SIGKILL)
+  done = command.run(workdir, JAX_NUM_CPU_DEVICES="8")
+  assert done.returncode == 0, done.stderr
+  assert "resuming in another environment: env.num_devices: 1 -> 8" in done.stderr
+  losses = lambda root: {
+    (r["stage"], r["step"]): r["loss"] for r in command.metrics(root) if "loss" in r
+  }
+  found, expected = losses(workdir), losses(finished)
+  assert found == pytest.approx(expected, rel=1e-3)
+  assert found["train", 7] == pytest.approx(expected["train", 7], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fsdp", "tp"])
+def test_eight_devices_give_the_same_table(command, finished, tmp_path, preset):
+  workdir = tmp_path / "run"
+  flag = f"--config.mesh.preset={preset}"
+  done = command.run(workdir, flag, JAX_NUM_CPU_DEVICES="8")
+  assert done.returncode == 0, done.stderr
+  pairs = zip(
+    command.result(workdir)["stages"], command.result(finished)["stages"], strict=True
+  )
+  for found, expected in pairs:
+    loss = expected["quality"]["loss"]
+    assert found["quality"]["loss"] == pytest.approx(loss, rel=1e-3)
+    for name in ("bytes_held", "bytes_on_disk", "flops_per_token"):
+      assert found[name] == expected[name]

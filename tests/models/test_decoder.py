@@ -186,7 +186,10 @@ def test_prefill_and_steps_equal_the_parallel_form(small, unroll):
 
 
 def test_decoding_step_copies_no_cache():
-  cfg = small_config(pattern=("attention",), num_layers=2, max_len=4096)
+  options = {"attention": {"head_dim": 32}}
+  cfg = small_config(
+    pattern=("attention",), num_layers=2, max_len=4096, mixer_options=options
+  )
   model = decoder.Decoder(cfg)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
     "params"

@@ -4,6 +4,7 @@ Examples:
   effjax list                  everything, by topic
   effjax list transforms       one topic
   effjax list mixers --json    for machines
+  effjax list --markdown       the table of techniques in the README
 """
 
 import argparse
@@ -19,10 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "topic", nargs="?", help=f"one of: {', '.join(catalog.topics())}; default: all"
   )
   parser.add_argument("--json", action="store_true", help="print JSON")
+  parser.add_argument(
+    "--markdown", action="store_true", help="print the README's table of techniques"
+  )
 
 
 def main(args: argparse.Namespace) -> None:
   """Runs the verb."""
+  if args.markdown:
+    print(catalog.markdown())
+    return
   topics = [args.topic] if args.topic else catalog.topics()
   found = {topic: catalog.entries(topic) for topic in topics}
   if args.json:

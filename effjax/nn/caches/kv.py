@@ -52,9 +52,18 @@ def append(
     valid_BL: bool; padding, always to the right of a row's tokens, is not written. A
       token past the capacity is dropped too.
   """
+  if valid_BL.shape[1] > 1:
+    return _append_scattered(cache, k_BLGK, v_BLGK, valid_BL)
+  return jax.lax.platform_dependent(
+    cache, k_BLGK, v_BLGK, valid_BL, cpu=_append_rows, default=_append_scattered
+  )
+
+
+def _append_scattered(
+  cache: KVCache, k_BLGK: jax.Array, v_BLGK: jax.Array, valid_BL: jax.Array
+) -> KVCache:
+  """One scatter for all rows and tokens."""
   batch, length = valid_BL.shape
-  if batch == 1 and length == 1:
-    return _append_one(cache, k_BLGK, v_BLGK, valid_BL)
   capacity = cache.k_BGSK.shape[2]
   slots_BL = cache.length_B[:, None] + jnp.arange(length)[None, :]
   slots_BL = jnp.where(valid_BL, slots_BL, capacity)
@@ -64,28 +73,44 @@ def append(
     new_BLGK = new_BLGK.astype(old_BGSK.dtype)
     return old_BGSK.at[rows_B1, :, slots_BL].set(new_BLGK, mode="drop")
 
-  return KVCache(
-    k_BGSK=write(cache.k_BGSK, k_BLGK),
-    v_BGSK=write(cache.v_BGSK, v_BLGK),
-    length_B=cache.length_B + jnp.sum(valid_BL, axis=1, dtype=jnp.int32),
+  return _grown(
+    cache, write(cache.k_BGSK, k_BLGK), write(cache.v_BGSK, v_BLGK), valid_BL
   )
 
 
-def _append_one(
-  cache: KVCache, k_BLGK: jax.Array, v_BLGK: jax.Array, valid_BL: jax.Array
+def _append_rows(
+  cache: KVCache, k_B1GK: jax.Array, v_B1GK: jax.Array, valid_B1: jax.Array
 ) -> KVCache:
-  """One token of one row: a slice update, which every backend does in place.
+  """One token a row, row by row, in place on XLA's CPU backend.
 
-  An invalid token lands in the slot the next valid one will overwrite.
+  That backend fuses a scatter or slice update into each of its consumers, the new cache
+  and the scores, and copies the whole cache for every one. It cannot fuse a loop, whose
+  bound it does not know: no rows if nothing is valid.
   """
-  start = (0, 0, cache.length_B[0], 0)
+  batch, _, capacity, _ = cache.k_BGSK.shape
+  fits_B = valid_B1[:, 0] & (cache.length_B < capacity)
 
-  def write(old_BGSK: jax.Array, new_BLGK: jax.Array) -> jax.Array:
-    new_BGLK = jnp.swapaxes(new_BLGK, 1, 2).astype(old_BGSK.dtype)
-    return jax.lax.dynamic_update_slice(old_BGSK, new_BGLK, start)
+  def write_row(row: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    start = (row, 0, cache.length_B[row], 0)
 
-  return KVCache(
-    k_BGSK=write(cache.k_BGSK, k_BLGK),
-    v_BGSK=write(cache.v_BGSK, v_BLGK),
-    length_B=cache.length_B + valid_BL[:, 0].astype(jnp.int32),
+    def write(old_BGSK: jax.Array, new_B1GK: jax.Array) -> jax.Array:
+      shape = (1, old_BGSK.shape[1], 1, old_BGSK.shape[3])
+      new = new_B1GK[row].reshape(shape).astype(old_BGSK.dtype)
+      old = jax.lax.dynamic_slice(old_BGSK, start, shape)
+      new = jnp.where(fits_B[row], new, old)
+      return jax.lax.dynamic_update_slice(old_BGSK, new, start)
+
+    return write(caches[0], k_B1GK), write(caches[1], v_B1GK)
+
+  num_rows = jnp.where(jnp.any(fits_B), batch, 0)
+  k_BGSK, v_BGSK = jax.lax.fori_loop(
+    0, num_rows, write_row, (cache.k_BGSK, cache.v_BGSK)
   )
+  return _grown(cache, k_BGSK, v_BGSK, valid_B1)
+
+
+def _grown(
+  cache: KVCache, k_BGSK: jax.Array, v_BGSK: jax.Array, valid_BL: jax.Array
+) -> KVCache:
+  seen_B = jnp.sum(valid_BL, axis=1, dtype=jnp.int32)
+  return KVCache(k_BGSK=k_BGSK, v_BGSK=v_BGSK, length_B=cache.length_B + seen_B)

@@ -1,0 +1,92 @@
+import dataclasses
+
+import jax
+import pytest
+
+from effjax.core import config as core_config
+from effjax.core import errors, tree
+from effjax.models import decoder
+from effjax.recipe import config as config_lib
+from effjax.recipe import plan as plan_lib
+from effjax.weights.leaves import masked, quantized
+
+
+def _config(stages, mesh=None):
+  return core_config.build(
+    config_lib.Config,
+    {
+      "data": {
+        "corpus": "synthetic",
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+        "sequence_length": 32,
+      },
+      "model": {
+        "vocab_size": 257,
+        "embed_dim": 32,
+        "num_layers": 2,
+        "mixer_options": {"attention": {"num_heads": 2, "head_dim": 16}},
+        "max_len": 256,
+      },
+      "mesh": mesh or {"num_devices": 1},
+      "stages": stages,
+    },
+  )
+
+
+_TRAIN = {"name": "train", "technique": "train", "options": {"num_steps": 3}}
+
+
+def test_shapes_are_those_of_the_real_thing():
+  stages = (
+    _TRAIN,
+    {"name": "pruned", "technique": "magnitude"},
+    {"name": "int4", "technique": "rtn", "options": {"bits": 4, "group": 16}},
+  )
+  plan = plan_lib.make(_config(stages))
+  model = decoder.Decoder(plan.config.model)
+  params = model.init(jax.random.key(0), *model.example_inputs())["params"]
+  assert plan.num_params == sum(a.size for a in jax.tree.leaves(params))
+  shapes = lambda t: jax.tree.map(lambda a: (a.shape, a.dtype.name), t)
+  assert shapes(plan.shapes[0]) == shapes(params)
+  leaf = tree.flatten(plan.shapes[2])["run_0/layer_0/mlp/up"]
+  assert isinstance(leaf, masked.Masked)
+  assert isinstance(leaf.values, quantized.Quantized)
+  # Two codes a byte along the contracted axis, one scale for 16 inputs.
+  up = params["run_0"]["layer_0"]["mlp"]["up"]
+  assert leaf.values.codes.shape == (2, 16, up.shape[-1])
+  assert leaf.values.scale.shape == (2, 2, up.shape[-1])
+
+
+@pytest.mark.parametrize(
+  ("stage", "message"),
+  [
+    ({"technique": "rtn", "options": {"bits": 4, "group": 24}}, "does not divide"),
+    ({"technique": "rtn", "where": {"path": "nope"}}, "selects no parameter"),
+    ({"technique": "rtn", "where": {"kind": "norm"}}, "cannot quantize"),
+    (
+      {
+        "technique": "train",
+        "after": "int8",
+        "options": {"num_steps": 1},
+        "where": {"kind": "matrix"},
+      },
+      "no trainable parameter",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_named_with_its_stage(stage, message):
+  stages = (_TRAIN, {"name": "int8", "technique": "rtn"}, {"name": "bad"} | stage)
+  stages[2].setdefault("after", "train")
+  with pytest.raises(errors.InputError) as caught:
+    plan_lib.make(_config(stages))
+  assert str(caught.value).startswith("config.stages[2] (bad): ")
+  assert message in str(caught.value)
+
+
+def test_stages_are_laid_out_on_the_mesh():
+  stages = (_TRAIN, {"name": "int8", "technique": "rtn"})
+  plan = plan_lib.make(_config(stages, {"preset": "fsdp", "num_devices": 4}))
+  codes = tree.flatten(plan.shardings(plan.shapes[1]))["run_0/layer_0/mlp/up"].codes
+  assert "fsdp" in codes.spec
+  assert dataclasses.asdict(plan.config)["mesh"]["preset"] == "fsdp"
