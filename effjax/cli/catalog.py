@@ -100,4 +100,4 @@ def docstring_summary(path: pathlib.Path) -> str:
     doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
   except (SyntaxError, UnicodeDecodeError) as error:
     raise errors.InputError(f"{path} is not a Python file: {error}") from None
-  return doc.split("\n", 1)[0].rstrip(".")
+  return doc.split("\n", 1)[0].removesuffix(".")

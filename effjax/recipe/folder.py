@@ -139,6 +139,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def _clear(root: pathlib.Path) -> None:
+  for path in root.glob("diverged-*.json"):
+    path.unlink()
   # config.json goes last: without it, a half-deleted run is no run folder any more.
   for name in sorted(_OWNED, key=lambda name: name == CONFIG):
     path = root / name

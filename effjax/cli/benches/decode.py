@@ -24,7 +24,7 @@ VARIANTS = {
   "fp32": None,
   "int8 weight-only": {"bits": 8},
   "int8 dynamic": {"bits": 8, "activations": "int8"},
-  "int4 group 64": {"bits": 4, "group": 64},
+  "int4 group 32": {"bits": 4, "group": 32},
 }
 _PROMPT_TOKENS = 128
 _WARM_UP_TOKENS = 8
@@ -101,13 +101,21 @@ def _lane(
       vocab_size=2048,
       embed_dim=embed_dim,
       num_layers=num_layers,
-      mixer_options={"attention": {"num_heads": embed_dim // 64 or 1}},
+      mixer_options={
+        "attention": {
+          "num_heads": embed_dim // 64,
+          "num_kv_heads": -(-embed_dim // 256),
+        }
+      },
       max_len=max_len,
     )
   )
   params = jax.jit(model.init)(jax.random.key(0), *model.example_inputs())["params"]
   if options is not None:
-    params = transforms.find("rtn")(params, specs_lib.specs(model), options=options)
+    everything = {"kind": ("matrix", "embedding")}
+    params = transforms.find("rtn")(
+      params, specs_lib.specs(model), where=everything, options=options
+    )
   decoding = engine.Decoding(model, params, batch, max_len)
   tokens_BL = jnp.zeros((batch, _PROMPT_TOKENS), jnp.int32)
   logits_BV, state = decoding.prefill(tokens_BL)

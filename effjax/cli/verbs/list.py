@@ -1,4 +1,4 @@
-"""What there is, one line each: configs, mixers, optimizers, transforms, ...
+"""What there is, one line each: configs, mixers, transforms, corpora and so on.
 
 Examples:
   effjax list                  everything, by topic
@@ -10,6 +10,7 @@ Examples:
 import argparse
 import json
 import shutil
+import sys
 
 from effjax.cli import catalog
 
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
   if args.json:
     print(json.dumps(found[args.topic] if args.topic else found, indent=2))
     return
-  columns = shutil.get_terminal_size((100, 24)).columns
+  columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
   width = max([len(name) for names in found.values() for name in names] or [0])
   for topic, names in found.items():
     if not args.topic:
