@@ -23,6 +23,8 @@ def test_notebook_is_its_script(script):
 def test_notebook_runs(script, command, finished, monkeypatch, subprocess_env):
   for name, value in subprocess_env.items():
     monkeypatch.setenv(name, value)
+  # The tests plot without a screen; a notebook shows its figures.
+  monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
   monkeypatch.setenv("EFFJAX_RUN", str(finished))
   monkeypatch.setenv("EFFJAX_CACHE", str(command.folder / "cache"))
   book = jupytext.read(script)

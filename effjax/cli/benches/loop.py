@@ -29,7 +29,7 @@ def bench(quick: bool = False) -> timing.Table:
     quick: a tiny model and few steps, to see that it works; the numbers mean nothing.
   """
   embed_dim, num_layers, length, batch_size = (
-    (32, 1, 32, 4) if quick else (192, 4, 256, 16)
+    (32, 1, 32, 4) if quick else (128, 4, 256, 8)
   )
   num_steps, repeats = (4, 1) if quick else (10, 3)
   config = train_config.TrainConfig(num_steps=num_steps)
@@ -39,6 +39,7 @@ def bench(quick: bool = False) -> timing.Table:
       embed_dim=embed_dim,
       num_layers=num_layers,
       pattern=("mamba2", "attention"),
+      mixer_options={"mamba2": {"state_dim": 32, "chunk": 32}},
       max_len=length,
     )
   )
