@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     {
       "name": "train",
       "technique": "train",
-      "options": _training(60 if smoke else 560, smoke),
+      "options": _training(60 if smoke else 440, smoke),
     },
     {"name": "int8", "technique": "rtn", "where": _ALL, "options": {"bits": 8}},
     {
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     {
       "name": "pruned-tuned",
       "technique": "train",
-      "options": _training(20 if smoke else 60, smoke, fraction=0.3),
+      "options": _training(20 if smoke else 40, smoke, fraction=0.3),
     },
     {
       "name": "pruned-int4",

@@ -29,6 +29,11 @@ def use_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
     _active.reset(token)
 
 
+def current() -> tuple[Mesh, Rules] | None:
+  """The mesh and the rules that are active, for what splits itself over devices."""
+  return _active.get()
+
+
 def shard(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   """Constrains the sharding of an activation; does nothing without active rules.
 

@@ -16,7 +16,7 @@ import numpy as np
 from effjax.core import tree as tree_lib
 
 # Axes with one instance in the whole model; every other axis belongs to its layer.
-GLOBAL_AXES = frozenset({"embed", "vocab"})
+GLOBAL_AXES = frozenset({"embed", "vocab", "embedding"})
 KINDS = ("matrix", "embedding", "conv", "norm", "bias", "ssm")
 
 _recording: contextvars.ContextVar[dict | None] = contextvars.ContextVar(

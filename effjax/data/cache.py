@@ -5,20 +5,14 @@ Everything in it can be made again: it may be deleted at any time no run is acti
 
 import contextlib
 import fcntl
-import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 
+from effjax.core import cache
 
-def folder() -> pathlib.Path:
-  """`$EFFJAX_CACHE`, else `$XDG_CACHE_HOME/effjax`, else `~/.cache/effjax`."""
-  chosen = os.environ.get("EFFJAX_CACHE")
-  if chosen:
-    return pathlib.Path(chosen).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(base).expanduser() / "effjax"
+folder = cache.folder
 
 
 @contextlib.contextmanager

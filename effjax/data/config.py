@@ -6,7 +6,7 @@ from typing import Any
 from effjax.core import config, errors, registry
 
 BUILDERS = "effjax.data.builders"
-TOKENIZERS = ("bpe", "bytes")
+TOKENIZERS = ("bpe", "bytes", "ids")
 
 # One id for each byte and one that starts a document.
 MIN_VOCAB_SIZE = 257
@@ -20,11 +20,13 @@ class DataConfig:
     corpus: registry key of a file in `effjax/data/builders`.
     manual_dir: folder with the corpus's original files; nothing is fetched then.
     options: options of that corpus, such as `paths` for one's own text files.
-    tokenizer: "bpe" (byte-level, trained on the training split) or "bytes".
+    tokenizer: "bpe" (byte-level, trained on the training split) or "bytes"; "ids" for
+      a corpus that is token ids to begin with, such as "mqar".
     vocab_size: number of token ids, the one that starts a document included.
     sequence_length: tokens in a training row.
     batch_size: rows in a global batch, over all processes together.
-    eval_bytes: UTF-8 bytes of validation text that are scored.
+    eval_bytes: UTF-8 bytes of validation text that are scored; of token ids, the whole
+      split always is.
     eval_context: tokens the model sees at once when scored; `sequence_length` if None.
     eval_stride: tokens an evaluation window moves on; half of the context if None.
     seed: of the order in which documents are read.
@@ -51,7 +53,7 @@ class DataConfig:
     if self.tokenizer not in TOKENIZERS:
       raise errors.unknown("tokenizer", self.tokenizer, TOKENIZERS)
     config.require(
-      self.vocab_size >= MIN_VOCAB_SIZE,
+      self.tokenizer == "ids" or self.vocab_size >= MIN_VOCAB_SIZE,
       f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the start of a "
       f"document), got {self.vocab_size}",
     )
@@ -60,7 +62,7 @@ class DataConfig:
       f"tokenizer 'bytes' has exactly {MIN_VOCAB_SIZE} ids: set vocab_size to "
       f"{MIN_VOCAB_SIZE}, got {self.vocab_size}",
     )
-    _positive(self, "sequence_length", "batch_size", "eval_bytes")
+    _positive(self, "vocab_size", "sequence_length", "batch_size", "eval_bytes")
     config.require(
       0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}"
     )

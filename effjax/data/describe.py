@@ -17,18 +17,18 @@ def describe(config: data_config.DataConfig, num_samples: int = 3) -> dict[str, 
 
   Returns:
     JSON types: `corpus` (the facts), `batch` (shape, rows an epoch, padding) and
-    `samples`; for text the segments of the first training rows, decoded from the ids
-    that the model gets; for images the first labels.
+    `samples`; the segments of the first training rows, decoded from the ids that the
+    model gets; for images the first labels.
 
   Raises:
     InputError: as `pipeline.open_data`.
   """
   pipeline.check(config)
   corpus = pipeline.open_corpus(config)
-  if corpus.kind != "text":
+  if corpus.kind == "image":
     return _describe_images(corpus, num_samples)
   data = pipeline.open_data(config)
-  rows = -(-data.tokens_per_epoch // config.sequence_length)
+  rows = data.rows_per_epoch
   batch = next(iter(data.train_iterator()))
   samples = [_segments(data, batch, row) for row in range(config.batch_size)]
   counted = float(batch["weights"].mean())
@@ -58,11 +58,17 @@ def render(description: dict[str, Any]) -> str:
     reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
     lines.append(f"  dropped         {reasons}")
   for split, count in corpus["documents"].items():
-    line = f"  {split:<15} {count:,} documents, {corpus['bytes'][split]:,} bytes"
+    parts = [f"{count:,} documents"]
+    if "bytes" in corpus:
+      parts.append(f"{corpus['bytes'][split]:,} bytes")
     if "tokens" in corpus:
-      ratio = corpus["bytes_per_token"][split]
-      line += f", {corpus['tokens'][split]:,} tokens, {ratio:.2f} bytes/token"
-    lines.append(line)
+      parts.append(f"{corpus['tokens'][split]:,} tokens")
+    if "bytes_per_token" in corpus:
+      parts.append(f"{corpus['bytes_per_token'][split]:.2f} bytes/token")
+    if "scored" in corpus:
+      parts.append(f"{corpus['scored'][split]:,} answers")
+      parts.append(f"the most frequent one {corpus['majority'][split]:.1%} of them")
+    lines.append(f"  {split:<15} {', '.join(parts)}")
   if "batch" in description:
     lines += _render_batch(corpus, description["batch"])
   for number, sample in enumerate(description["samples"], start=1):
@@ -74,11 +80,13 @@ def render(description: dict[str, Any]) -> str:
 
 def _render_batch(corpus: dict[str, Any], batch: dict[str, Any]) -> list[str]:
   scored = corpus["eval"]
+  text = scored["num_bytes"] is not None
+  what = f"{scored['num_bytes']:,} bytes, " if text else ""
+  what += f"{scored['num_tokens']:,} {'tokens' if text else 'answers'}"
   return [
     f"  tokenizer       {corpus['tokenizer']}, {corpus['vocab_size']:,} ids",
-    f"  evaluation      {scored['num_bytes']:,} bytes, {scored['num_tokens']:,} tokens "
-    f"of {scored['num_documents']} documents, context {scored['context']}, "
-    f"stride {scored['stride']}",
+    f"  evaluation      {what} of {scored['num_documents']} documents, "
+    f"context {scored['context']}, stride {scored['stride']}",
     f"batch: {batch['rows']} x {batch['sequence_length']} = {batch['tokens']:,} "
     f"tokens, {batch['counted_fraction']:.1%} counted, "
     f"{batch['steps_per_epoch']:,} steps an epoch",
@@ -92,7 +100,11 @@ def _segments(
   segments_L = batch["segments"][row]
   texts = []
   for segment in range(1, int(segments_L.max()) + 1):
-    text = data.tokenizer.decode(batch["inputs"][row][segments_L == segment].tolist())
+    ids = batch["inputs"][row][segments_L == segment].tolist()
+    if data.arrays["train"].scored_T is not None:
+      # The last answer is never an input.
+      ids.append(int(batch["targets"][row][len(ids) - 1]))
+    text = data.tokenizer.decode(ids)
     long = len(text) > _SAMPLE_CHARS
     texts.append(text[:_SAMPLE_CHARS] + "..." if long else text)
   return texts

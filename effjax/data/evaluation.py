@@ -3,6 +3,7 @@
 Sliding windows as in Press et al. 2021, arXiv:2012.15832, section 2: a window of
 `context` tokens moves on by `stride`, and only tokens no earlier window predicted are
 counted, so all but the first `context - stride` of them see at least that much before.
+An example of which only the answers are scored is one window.
 
 Shapes: W windows, L context, B batch.
 """
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from effjax.data import tokenizers
+from effjax.core import config
+from effjax.data import packing, symbols, tokenizers, tokens
 from effjax.data.builders import base
 
 
@@ -25,12 +27,15 @@ class EvalSet:
     documents: the texts, in order; all but the last are whole documents.
     ids: for each text, `bos_id` and its ids.
     context, stride: of the windows, in tokens.
+    scored: for each of `ids`, which are answers; None for text. With it there are no
+      documents and no bytes, and each of `ids` is one window.
   """
 
   documents: tuple[str, ...] = dataclasses.field(repr=False)
   ids: tuple[np.ndarray, ...] = dataclasses.field(repr=False)
   context: int
   stride: int
+  scored: tuple[np.ndarray, ...] | None = dataclasses.field(default=None, repr=False)
 
   @property
   def text(self) -> bytes:
@@ -38,22 +43,30 @@ class EvalSet:
     return "".join(self.documents).encode()
 
   @property
-  def num_bytes(self) -> int:
-    """Length of `text`."""
-    return len(self.text)
+  def num_bytes(self) -> int | None:
+    """Length of `text`; None where there is none."""
+    return len(self.text) if self.scored is None else None
 
   @property
   def num_tokens(self) -> int:
-    """Tokens that are predicted: all but the one that starts each document."""
+    """Tokens that are scored: all but the one that starts each document, or answers."""
+    if self.scored is not None:
+      return sum(int(np.count_nonzero(scored)) for scored in self.scored)
     return sum(len(ids) - 1 for ids in self.ids)
 
   @property
   def num_windows(self) -> int:
     """Number of windows, so of rows over all batches but for padding."""
+    if self.scored is not None:
+      return len(self.ids)
     return sum(len(_starts(len(ids), self.context, self.stride)) for ids in self.ids)
 
   def windows(self) -> Iterator[dict[str, np.ndarray]]:
     """Each window as a row of the batch dict, [L] each, padded with segment 0."""
+    if self.scored is not None:
+      for ids, scored in zip(self.ids, self.scored, strict=True):
+        yield packing.example_row(ids, scored, self.context)
+      return
     for ids in self.ids:
       counted = 0  # Targets of this document that some window has counted.
       for start in _starts(len(ids), self.context, self.stride):
@@ -95,7 +108,7 @@ class EvalSet:
 
 def choose(
   corpus: base.Corpus,
-  tokenizer: tokenizers.Tokenizer,
+  tokenizer: tokenizers.Tokenizer | symbols.Symbols,
   num_bytes: int,
   context: int,
   stride: int,
@@ -126,6 +139,27 @@ def choose(
     ids=tuple(tokenizer.encode_documents(texts)),
     context=context,
     stride=stride,
+  )
+
+
+def examples(array: tokens.TokenArray, context: int) -> EvalSet:
+  """The whole of a validation split whose answers alone are scored.
+
+  Raises:
+    InputError: an example is longer than the context.
+  """
+  longest = int(np.diff(array.offsets_D1).max()) - 1
+  config.require(
+    longest <= context,
+    f"data.eval_context is {context}, but the longest example needs {longest}",
+  )
+  cut = lambda flat: tuple(np.split(np.asarray(flat), array.offsets_D1[1:-1]))
+  return EvalSet(
+    documents=(),
+    ids=cut(array.ids_T),
+    context=context,
+    stride=context,
+    scored=cut(array.scored_T),
   )
 
 

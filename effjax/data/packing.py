@@ -6,6 +6,8 @@ by a binary search over the cumulative lengths. The rows are then read in an ord
 the same way, or a batch would be one long document. So a row depends on its index
 alone, resuming is a number, and every token is an input exactly once an epoch.
 
+Examples whose answers alone are scored are never cut: each has a row to itself.
+
 Shapes: L sequence length, R rows of an epoch, N documents that touch a row,
 D documents of the split, T tokens of the split.
 """
@@ -94,8 +96,70 @@ class PackedRows(grain.MapDataset):
     return order_D, np.cumsum(self._sizes_D[order_D]), rows_R
 
   def _padded(self, values_L: np.ndarray, dtype: type) -> np.ndarray:
-    if len(values_L) == self._length:
-      return values_L.astype(dtype)
-    out_L = np.zeros(self._length, dtype)
-    out_L[: len(values_L)] = values_L
-    return out_L
+    return _padded(values_L, self._length, dtype)
+
+
+class ExampleRows(grain.MapDataset):
+  """Rows of one example each, epoch after epoch: index `epoch * len(self) + row`.
+
+  A row is a dict of arrays [L] as of PackedRows, with `weights` 1 where the target is
+  an answer; the last token of an example is a target only, and padding is on the right.
+  The examples of an epoch come in an order drawn from (seed, epoch).
+
+  Raises:
+    InputError: an example is longer than a row and its last target.
+  """
+
+  def __init__(self, array: tokens.TokenArray, sequence_length: int, seed: int):
+    super().__init__()
+    longest = int(np.diff(array.offsets_D1).max()) - 1
+    if longest > sequence_length:
+      raise errors.InputError(
+        f"data.sequence_length is {sequence_length}, but the longest example needs "
+        f"{longest}"
+      )
+    self._ids_T = np.asarray(array.ids_T)
+    self._scored_T = np.asarray(array.scored_T)
+    self._offsets_D1 = array.offsets_D1
+    self._length = sequence_length
+    self._seed = seed
+    self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+  def __len__(self) -> int:
+    return len(self._offsets_D1) - 1
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    epoch, place = divmod(index, len(self))
+    example = self._order(epoch)[place]
+    start, stop = self._offsets_D1[example : example + 2]
+    return example_row(
+      self._ids_T[start:stop], self._scored_T[start:stop], self._length
+    )
+
+  def _make_order(self, epoch: int) -> np.ndarray:
+    generator = np.random.Philox(key=[self._seed, epoch])
+    return np.argsort(generator.random_raw(len(self)), kind="stable")
+
+
+def example_row(
+  ids_T: np.ndarray, scored_T: np.ndarray, length: int
+) -> dict[str, np.ndarray]:
+  """An example as a row of the batch dict, `[L]` each, padded with segment 0."""
+  num = len(ids_T) - 1
+  return {
+    "inputs": _padded(ids_T[:-1], length, np.int32),
+    "targets": _padded(ids_T[1:], length, np.int32),
+    "weights": _padded(scored_T[1:], length, np.float32),
+    "segments": _padded(np.ones(num), length, np.int32),
+    "positions": _padded(np.arange(num), length, np.int32),
+  }
+
+
+def _padded(values_L: np.ndarray, length: int, dtype: type) -> np.ndarray:
+  if len(values_L) == length:
+    return values_L.astype(dtype)
+  out_L = np.zeros(length, dtype)
+  out_L[: len(values_L)] = values_L
+  return out_L

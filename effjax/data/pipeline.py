@@ -7,8 +7,10 @@
 
 A batch holds `inputs`, `targets`, `segments`, `positions` (int32) and `weights`
 (float32, 1 where the target counts); segment 0 is padding, positions start again in
-each segment. Random access all the way (rows -> batches -> this process's batches), so
-an iterator's state is one number, the same for any number of processes.
+each segment. In a corpus of examples only answers count, and a row is one example;
+of text, every token but a document's first. Random access all the way (rows ->
+batches -> this process's batches), so an iterator's state is one number, the same for
+any number of processes.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ import numpy as np
 from effjax.core import config as config_lib
 from effjax.core import errors, registry
 from effjax.data import config as data_config
-from effjax.data import evaluation, packing, tokenizers, tokens
+from effjax.data import evaluation, packing, symbols, tokenizers, tokens
 from effjax.data.builders import base
 
 # One thread keeps some batches ready; rows come from memory, so more would only
@@ -31,20 +33,20 @@ _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextData:
-  """An opened text corpus.
+  """An opened corpus of text, or of examples that are token ids to begin with.
 
   Attributes:
     config: what it was opened with.
     corpus: the documents and their facts.
     tokenizer: text to ids and back.
     arrays: token ids of each split.
-    eval_set: the fixed evaluation text and its windows.
+    eval_set: the fixed evaluation text and its windows, or the validation examples.
     process_index, process_count: which share of each global batch this process reads.
   """
 
   config: data_config.DataConfig
   corpus: base.Corpus
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | symbols.Symbols
   arrays: Mapping[str, tokens.TokenArray] = dataclasses.field(repr=False)
   eval_set: evaluation.EvalSet
   process_index: int = 0
@@ -56,13 +58,18 @@ class TextData:
     Args:
       seed: of the order of documents; the config's if None.
     """
-    seed = self.config.seed if seed is None else seed
-    rows = packing.PackedRows(self.arrays["train"], self.config.sequence_length, seed)
+    rows = self._train_rows(self.config.seed if seed is None else seed)
     share = self.config.batch_size // self.process_count
     # Batches of one process's share, dealt out in turn: global batch s is made of the
     # shares s * process_count to (s + 1) * process_count - 1.
     shares = rows.repeat().batch(share, drop_remainder=True)
     return shares[self.process_index :: self.process_count]
+
+  def _train_rows(self, seed: int) -> grain.MapDataset:
+    array, length = self.arrays["train"], self.config.sequence_length
+    if array.scored_T is None:
+      return packing.PackedRows(array, length, seed)
+    return packing.ExampleRows(array, length, seed)
 
   def train_iterator(self, seed: int | None = None) -> grain.DatasetIterator:
     """Endless training batches with `get_state()` and `set_state(state)`."""
@@ -93,24 +100,30 @@ class TextData:
     return len(self.arrays["train"].ids_T)
 
   @property
+  def rows_per_epoch(self) -> int:
+    """Training rows until every token was read once."""
+    return len(self._train_rows(self.config.seed))
+
+  @property
   def facts(self) -> dict[str, Any]:
     """Plain values about the corpus and its tokens, for a report."""
-    sizes = self.corpus.facts["bytes"]
-    num_tokens = {split: len(array.ids_T) for split, array in self.arrays.items()}
-    return {
+    facts = {
       "name": self.corpus.name,
       **self.corpus.facts,
       "tokenizer": self.config.tokenizer,
       "vocab_size": self.tokenizer.vocab_size,
-      "tokens": num_tokens,
-      "bytes_per_token": {
-        split: sizes[split] / (num_tokens[split] - self.arrays[split].num_documents)
-        for split in num_tokens
-      },
+      "tokens": {split: len(array.ids_T) for split, array in self.arrays.items()},
+    }
+    if "bytes" in self.corpus.facts:
+      facts["bytes_per_token"] = {
+        split: self.corpus.facts["bytes"][split] / array.num_targets
+        for split, array in self.arrays.items()
+      }
+    return facts | {
       "eval": {
         "num_bytes": self.eval_set.num_bytes,
         "num_tokens": self.eval_set.num_tokens,
-        "num_documents": len(self.eval_set.documents),
+        "num_documents": len(self.eval_set.ids),
         "context": self.eval_set.context,
         "stride": self.eval_set.stride,
       },
@@ -124,11 +137,26 @@ def check(config: data_config.DataConfig) -> None:
     InputError: see `open_data`; what only the content shows is left to it.
   """
   technique = registry.find(data_config.BUILDERS, config.corpus)
-  technique.check(config.options, config.manual_dir)
+  options = technique.check(config.options, config.manual_dir)
+  is_ids = getattr(technique, "KIND", "text") == "tokens"
+  config_lib.require(
+    is_ids == (config.tokenizer == "ids"),
+    f"corpus {config.corpus!r} is token ids: set data.tokenizer to 'ids', "
+    f"got {config.tokenizer!r}"
+    if is_ids
+    else f"tokenizer 'ids' is for corpora of token ids, {config.corpus!r} is none",
+  )
+  if is_ids:
+    size = len(technique.symbols(options))
+    config_lib.require(
+      config.vocab_size == size,
+      f"corpus {config.corpus!r} has {size} ids: set data.vocab_size to {size}, "
+      f"got {config.vocab_size}",
+    )
 
 
 def open_corpus(config: data_config.DataConfig) -> base.Corpus:
-  """The config's corpus, fetched and built the first time; text or images."""
+  """The config's corpus, fetched and built the first time; of any kind."""
   technique = registry.find(data_config.BUILDERS, config.corpus)
   return technique.open(config.options, config.manual_dir)
 
@@ -136,7 +164,7 @@ def open_corpus(config: data_config.DataConfig) -> base.Corpus:
 def open_data(
   config: data_config.DataConfig, process_index: int = 0, process_count: int = 1
 ) -> TextData:
-  """Opens a text corpus: fetched, built, its tokenizer trained, and tokenized once.
+  """Opens a corpus of text or of token ids: fetched, built, and tokenized once.
 
   Args:
     config: what to read.
@@ -145,8 +173,8 @@ def open_data(
 
   Raises:
     InputError: an unknown option, a missing or unreadable file, a failed download, a
-      corpus that is empty, not text or shorter than a row, or a batch that the
-      processes cannot share evenly.
+      corpus that is empty, images or shorter than a row, a tokenizer that does not fit
+      it, or a batch that the processes cannot share evenly.
   """
   if not 0 <= process_index < process_count:
     raise errors.InputError(
@@ -155,22 +183,27 @@ def open_data(
   _check_share("data.batch_size", config.batch_size, process_count)
   check(config)
   corpus = open_corpus(config)
-  if corpus.kind != "text":
+  if corpus.kind == "image":
     raise errors.InputError(
       f"corpus {config.corpus!r} holds {corpus.kind}s; a language model needs text"
     )
   tokenizer = tokens.tokenizer_for(corpus, config.tokenizer, config.vocab_size)
   context, stride = config.eval_window
+  arrays = tokens.tokenize(corpus, tokenizer)
+  if corpus.kind == "tokens":
+    eval_set = evaluation.examples(arrays["validation"], context)
+  else:
+    eval_set = evaluation.choose(corpus, tokenizer, config.eval_bytes, context, stride)
   data = TextData(
     config=config,
     corpus=corpus,
     tokenizer=tokenizer,
-    arrays=tokens.tokenize(corpus, tokenizer),
-    eval_set=evaluation.choose(corpus, tokenizer, config.eval_bytes, context, stride),
+    arrays=arrays,
+    eval_set=eval_set,
     process_index=process_index,
     process_count=process_count,
   )
-  data.train_dataset()  # Raises now if the text is shorter than a row.
+  data.train_dataset()  # Raises now if the text is shorter, or an example longer.
   return data
 
 

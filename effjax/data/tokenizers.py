@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers as hf
 
 from effjax.core import config, errors
+from effjax.data import symbols
 
 # The space keeps these names apart from learned tokens, whose spaces are written "Ġ".
 BOS = "<|document start|>"
@@ -109,8 +110,8 @@ class Tokenizer:
     return self._backend.to_str()
 
 
-def load(path: str | pathlib.Path) -> Tokenizer:
-  """Reads what `Tokenizer.save` wrote.
+def load(path: str | pathlib.Path) -> Tokenizer | symbols.Symbols:
+  """Reads what `Tokenizer.save` or `Symbols.save` wrote.
 
   Raises:
     InputError: the file is missing or is not such a tokenizer.
@@ -122,6 +123,8 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     content = json.loads(path.read_bytes())
   except ValueError as error:
     raise errors.InputError(f"{path} is not a tokenizer file: {error}") from None
+  if isinstance(content, dict) and isinstance(content.get("symbols"), list):
+    return symbols.Symbols(content["symbols"])
   vocab = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
   if not isinstance(vocab, dict) or BOS not in vocab:
     raise errors.InputError(f"{path} is not a tokenizer file: it has no {BOS} token")

@@ -4,7 +4,9 @@ The compiler's own cost analysis counts a loop body once, so a scanned model wou
 as cheap as one of its layers. Here a product of `[.., m, k]` and `[.., k, n]` costs
 `2 m k n` for each batch entry, whatever the width of its operands, a convolution two
 for each multiply-add, and a loop body as often as it runs. Elementwise work is not
-counted. Of the branches of a `cond` the most expensive one counts.
+counted. Of the branches of a `cond` the most expensive one counts, but for attention
+that skips more where every row is one document: it counts as for such rows. Attention
+by a kernel of an accelerator counts as `effjax.ops.attention.blockwise`.
 
 Every product is also credited to the parameter it multiplies by, found by following
 values that depend on one parameter and on nothing else (dequantized, masked, sliced,
@@ -25,6 +27,8 @@ from jax.interpreters import partial_eval
 
 from effjax.core import tree as tree_lib
 from effjax.measure import leaves
+from effjax.ops.attention import api as attention_ops
+from effjax.ops.attention import blockwise
 
 # What a value depends on: nothing (a constant), one parameter (its path), or more.
 _CONSTANT = ""
@@ -117,7 +121,8 @@ def _count(
 
 def _trace(fn: Callable[..., Any], *args: Any) -> Any:
   """The jaxpr of `fn`, without what its results do not need."""
-  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  with attention_ops.traceable():
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
@@ -160,6 +165,12 @@ def _dot_general(eqn: Any, inputs: list[_Source]) -> Any:
   (contracting, _), _ = eqn.params["dimension_numbers"]
   lhs = eqn.invars[0].aval
   depth = math.prod(lhs.shape[i] for i in contracting)
+  return _product(eqn, inputs, 2 * depth * eqn.outvars[0].aval.size)
+
+
+def _int8_dot(eqn: Any, inputs: list[_Source]) -> Any:
+  """Rows [..., D] with a weight [F, D], whichever kernel runs it."""
+  depth = eqn.invars[1].aval.shape[-1]
   return _product(eqn, inputs, 2 * depth * eqn.outvars[0].aval.size)
 
 
@@ -210,6 +221,9 @@ def _while(eqn: Any, inputs: list[_Source]) -> Any:
 def _cond(eqn: Any, inputs: list[_Source]) -> Any:
   branches = [_walk(b.jaxpr, inputs[1:]) for b in eqn.params["branches"]]
   outputs = [_join(column) for column in zip(*(o for o, _ in branches), strict=True)]
+  for branch, (_, flops) in zip(eqn.params["branches"], branches, strict=True):
+    if any(e.params.get("name") == blockwise.ONE_DOCUMENT for e in branch.jaxpr.eqns):
+      return outputs, flops
   return outputs, max((f for _, f in branches), key=lambda f: sum(f.values()))
 
 
@@ -270,6 +284,7 @@ def _num_trips(eqn: Any) -> int | None:
 
 _RULES = {
   "dot_general": _dot_general,
+  "int8_dot": _int8_dot,
   "ragged_dot_general": _ragged_dot,
   "conv_general_dilated": _conv,
   "scan": _scan,

@@ -1,7 +1,8 @@
-"""How good a model is: its loss on fixed validation text.
+"""How good a model is: its loss on fixed validation text, or its right answers.
 
 Bits per byte compares models of any vocabulary, and compressors: the summed negative
 log-likelihood of every predicted token, over ln 2 and the UTF-8 bytes of the raw text.
+Where only answers are scored there are no bytes; the accuracy takes their place.
 """
 
 import functools
@@ -19,12 +20,12 @@ class EvalSet(Protocol):
   """Fixed text, cut into windows that overlap but score every token once.
 
   Attributes:
-    num_bytes: UTF-8 bytes of the raw text.
+    num_bytes: UTF-8 bytes of the raw text; None where only answers are scored.
     context: longest sequence the model sees (tokens).
     stride: tokens by which the windows move on.
   """
 
-  num_bytes: int
+  num_bytes: int | None
   context: int
   stride: int
 
@@ -48,42 +49,56 @@ def evaluate(
   Returns:
     "loss" (nats a predicted token), "perplexity" (its exponential), "bits_per_byte",
     "num_tokens" (predicted ones), "num_bytes", "context" and "stride". The first three
-    are None where the model's probabilities are not finite.
+    are None where the model's probabilities are not finite. Without bytes also
+    "accuracy": the share of the scored targets that have the highest logit (the first
+    of equal ones counts); None where a probability is not finite.
   """
-  total, num_tokens = 0.0, 0
+  total, num_tokens, num_right = 0.0, 0, 0
+  answers = eval_set.num_bytes is None
   for batch in eval_set.batches(batch_size):
     arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    nll_BL = np.asarray(_nll(model, params, arrays), np.float64)
+    nll_BL, right_BL = _scores(model, params, arrays, answers)
     scored_BL = np.asarray(batch["weights"]) > 0
-    total += float(nll_BL[scored_BL].sum())
+    total += float(np.asarray(nll_BL, np.float64)[scored_BL].sum())
     num_tokens += int(scored_BL.sum())
-  return {
-    **summarize(total, num_tokens, eval_set.num_bytes),
-    "context": eval_set.context,
-    "stride": eval_set.stride,
-  }
+    if answers:
+      num_right += int(np.asarray(right_BL)[scored_BL].sum())
+  found = summarize(total, num_tokens, eval_set.num_bytes)
+  if answers:
+    finite = found["loss"] is not None
+    found["accuracy"] = num_right / num_tokens if finite else None
+  return {**found, "context": eval_set.context, "stride": eval_set.stride}
 
 
-def summarize(total_nats: float, num_tokens: int, num_bytes: int) -> dict[str, Any]:
-  """The quality fields of a row, from a summed negative log-likelihood in nats."""
+def summarize(
+  total_nats: float, num_tokens: int, num_bytes: int | None
+) -> dict[str, Any]:
+  """The quality fields of a row, from a summed negative log-likelihood in nats.
+
+  Without bytes there are no bits per byte.
+  """
   loss = total_nats / num_tokens
   finite = math.isfinite(loss)
   # Beyond this the exponential leaves float64.
   fits = finite and loss < 700
+  per_byte = finite and num_bytes is not None
   return {
     "loss": loss if finite else None,
     "perplexity": math.exp(loss) if fits else None,
-    "bits_per_byte": total_nats / math.log(2) / num_bytes if finite else None,
+    "bits_per_byte": total_nats / math.log(2) / num_bytes if per_byte else None,
     "num_tokens": num_tokens,
     "num_bytes": num_bytes,
   }
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _nll(
-  model: Any, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
-) -> jax.Array:
-  """Negative log-likelihood of each target, in nats, `[B, L]` float32."""
+@functools.partial(jax.jit, static_argnames=("model", "answers"))
+def _scores(
+  model: Any, params: Mapping[str, Any], batch: Mapping[str, jax.Array], answers: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """Of each target its negative log-likelihood, in nats, `[B, L]` float32.
+
+  With `answers` also whether it has the highest logit, `[B, L]` bool.
+  """
   logits_BLV, _ = model.apply(
     {"params": params},
     batch["inputs"],
@@ -92,4 +107,7 @@ def _nll(
   )
   logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
   targets_BL1 = batch["targets"][:, :, None]
-  return -jnp.take_along_axis(logp_BLV, targets_BL1, axis=-1)[:, :, 0]
+  nll_BL = -jnp.take_along_axis(logp_BLV, targets_BL1, axis=-1)[:, :, 0]
+  if not answers:
+    return nll_BL, None
+  return nll_BL, jnp.argmax(logits_BLV, axis=-1) == batch["targets"]

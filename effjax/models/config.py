@@ -102,54 +102,84 @@ class DecoderConfig:
     config.require(bool(self.pattern), "pattern must name at least one mixer")
     if not self.layers:
       config.require(self.num_layers > 0, "num_layers must be positive")
-      object.__setattr__(self, "layers", self._expand())
-    object.__setattr__(self, "num_layers", len(self.layers))
-    for layer in self.layers:
-      options = layer.build_mixer_options()
-      if hasattr(options, "width"):
-        options.width(self.embed_dim)
-    if self.runs is not None:
-      total = sum(period * repeats for period, repeats in self.runs)
-      config.require(
-        total == self.num_layers,
-        f"runs cover {total} layers, the model has {self.num_layers}",
+      layers = expand(
+        self.pattern, self.num_layers, self.mlp, self.mixer_options, self.mlp_options
       )
+      object.__setattr__(self, "layers", layers)
+    object.__setattr__(self, "num_layers", len(self.layers))
+    check_layers(self.layers, self.embed_dim, self.runs)
 
   def __hash__(self) -> int:
     return hash(json.dumps(config.to_dict(self), sort_keys=True))
 
-  def _expand(self) -> tuple[LayerConfig, ...]:
-    for field, package, extra in (
-      ("mixer_options", MIXERS, ()),
-      ("mlp_options", MLPS, ("none",)),
-    ):
-      for name in getattr(self, field):
-        known = (*registry.names(package), *extra)
-        if name not in known:
-          raise errors.unknown(f"name in {field}", name, known)
-    return tuple(
-      LayerConfig(
-        mixer=mixer,
-        mlp=self.mlp,
-        mixer_options=self.mixer_options.get(mixer, {}),
-        mlp_options=self.mlp_options.get(self.mlp, {}),
-      )
-      for mixer in (self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
-    )
-
   @property
   def resolved_runs(self) -> tuple[layers_lib.Run, ...] | None:
     """The scanned runs, or None for an unrolled model."""
-    if not self.scan:
-      return None
-    if self.runs is None:
-      return layers_lib.find_runs(self.layers)
-    return tuple(layers_lib.Run(*run) for run in self.runs)
+    return resolve_runs(self.layers, self.runs, self.scan)
 
   @property
   def layer_keys(self) -> tuple[Hashable, ...]:
     """Layers with equal keys are built equal."""
     return self.layers
+
+
+def expand(
+  pattern: tuple[str, ...],
+  num_layers: int,
+  mlp: str,
+  mixer_options: Mapping[str, dict],
+  mlp_options: Mapping[str, dict],
+) -> tuple[LayerConfig, ...]:
+  """One config a layer from the short form; see DecoderConfig.
+
+  Raises:
+    InputError: a name that is not a mixer or MLP, or a mistake in its options.
+  """
+  for field, options, package, extra in (
+    ("mixer_options", mixer_options, MIXERS, ()),
+    ("mlp_options", mlp_options, MLPS, ("none",)),
+  ):
+    for name in options:
+      known = (*registry.names(package), *extra)
+      if name not in known:
+        raise errors.unknown(f"name in {field}", name, known)
+  return tuple(
+    LayerConfig(
+      mixer=mixer,
+      mlp=mlp,
+      mixer_options=mixer_options.get(mixer, {}),
+      mlp_options=mlp_options.get(mlp, {}),
+    )
+    for mixer in (pattern[i % len(pattern)] for i in range(num_layers))
+  )
+
+
+def check_layers(
+  layers: tuple[LayerConfig, ...],
+  embed_dim: int,
+  runs: tuple[tuple[int, int], ...] | None,
+) -> None:
+  """Raises InputError if a mixer does not fit the width, or runs the layers."""
+  for layer in layers:
+    options = layer.build_mixer_options()
+    if hasattr(options, "width"):
+      options.width(embed_dim)
+  if runs is not None:
+    total = sum(period * repeats for period, repeats in runs)
+    config.require(
+      total == len(layers), f"runs cover {total} layers, the model has {len(layers)}"
+    )
+
+
+def resolve_runs(
+  layers: tuple[LayerConfig, ...], runs: tuple[tuple[int, int], ...] | None, scan: bool
+) -> tuple[layers_lib.Run, ...] | None:
+  """The scanned runs, the maximal ones by default, or None without `scan`."""
+  if not scan:
+    return None
+  if runs is None:
+    return layers_lib.find_runs(layers)
+  return tuple(layers_lib.Run(*run) for run in runs)
 
 
 def from_dict(values: Mapping[str, Any]) -> DecoderConfig:

@@ -9,7 +9,6 @@ state, and prefill followed by single steps equals the parallel form. The state 
 `length_B`, the tokens each row has seen.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +20,10 @@ from effjax.core import layers, registry
 from effjax.core import precision as precision_lib
 from effjax.core.shard import shard
 from effjax.models import config as config_lib
+from effjax.models import stack
 from effjax.nn import embed, norm
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
-
-# Collections a scanned layer may write or own; each gets a leading axis of layers.
-_STACKED = ("params", "losses", "metrics", "stats", "state")
 
 
 class Layer(nn.Module):
@@ -76,31 +73,6 @@ class Layer(nn.Module):
     return x_BLD, state
 
 
-class Body(nn.Module):
-  """What one scan step of a run applies: `period` layers, one after the other."""
-
-  layers: tuple[config_lib.LayerConfig, ...]
-  make: Any
-
-  @nn.compact
-  def __call__(
-    self, carry: tuple[Any, ...], positions: jax.Array, segments: jax.Array
-  ) -> tuple[tuple[Any, ...], None]:
-    """Carry: activations, stacked states of the run (or None), step number.
-
-    The states travel in the carry and are updated in place; as scan inputs and
-    outputs the whole cache would be copied every step.
-    """
-    x_BLD, states, step = carry
-    for j, layer in enumerate(self.layers):
-      name = f"layer_{j}"
-      state = None if states is None else _read(states[name], step)
-      x_BLD, state = self.make(layer, name=name)(x_BLD, state, positions, segments)
-      if states is not None:
-        states = {**states, name: _write(states[name], state, step)}
-    return (x_BLD, states, step + 1), None
-
-
 class Decoder(nn.Module):
   """A causal language model.
 
@@ -143,7 +115,15 @@ class Decoder(nn.Module):
     x_BLD = table(tokens_BL, self.precision.dtype)
     x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
     with weight_lib.token_weights((segments > 0).astype(jnp.float32)):
-      x_BLD, new_state = self._layers(x_BLD, state, positions, segments)
+      x_BLD, new_state = stack.apply(
+        cfg.layers,
+        cfg.resolved_runs,
+        self._make_layer,
+        x_BLD,
+        state,
+        positions,
+        segments,
+      )
       x_BLD = norm.RMSNorm(eps=cfg.norm_eps, name="final_norm")(x_BLD)
       logits_BLV = self._logits(x_BLD, table)
     if state is not None:
@@ -151,50 +131,10 @@ class Decoder(nn.Module):
       new_state["length_B"] = state["length_B"] + seen_B
     return shard(logits_BLV, ("batch", "length", "vocab")), new_state
 
-  def _layers(
-    self, x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
-  ) -> tuple[jax.Array, dict[str, Any] | None]:
-    cfg = self.config
-    new_state = None if state is None else {}
-    if cfg.resolved_runs is None:
-      for k, layer in enumerate(cfg.layers):
-        name = f"layer_{k}"
-        old = None if state is None else state[name]
-        x_BLD, new = self._make_layer(layer, name=name)(x_BLD, old, positions, segments)
-        if new_state is not None:
-          new_state[name] = new
-      return x_BLD, new_state
-    start = 0
-    for i, run in enumerate(cfg.resolved_runs):
-      name = f"run_{i}"
-      scanned = nn.scan(
-        Body,
-        variable_axes=dict.fromkeys(_STACKED, 0),
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast),
-        length=run.repeats,
-      )
-      body = scanned(
-        cfg.layers[start : start + run.period], self._make_layer, name=name
-      )
-      old = None if state is None else state[name]
-      (x_BLD, new, _), _ = body((x_BLD, old, jnp.int32(0)), positions, segments)
-      if new_state is not None:
-        new_state[name] = new
-      start += run.num_layers
-    return x_BLD, new_state
-
   @nn.nowrap
   def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> nn.Module:
     cfg = self.config
-    cls = Layer
-    if cfg.remat != "none":
-      policies = jax.checkpoint_policies
-      policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-      }[cfg.remat]
-      cls = nn.remat(Layer, policy=policy, prevent_cse=cfg.resolved_runs is None)
+    cls = stack.rematerialized(Layer, cfg.remat, cfg.resolved_runs is not None)
     # GPT-2's scaling: residual branches start smaller the deeper the model is.
     out_scale = (2 * cfg.num_layers) ** -0.5
     return cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, name=name)
@@ -259,22 +199,4 @@ class Decoder(nn.Module):
   @nn.nowrap
   def with_runs(self, runs: tuple[layers.Run, ...] | None) -> "Decoder":
     """The same model scanned as given, or unrolled for None."""
-    changed = (
-      {"runs": None, "scan": False}
-      if runs is None
-      else {"runs": tuple((r.period, r.repeats) for r in runs), "scan": True}
-    )
-    return Decoder(dataclasses.replace(self.config, **changed), self.precision)
-
-
-def _read(stacked: Any, step: jax.Array) -> Any:
-  """The state of one scan step, out of the stacked ones."""
-  return jax.tree.map(
-    lambda a: jax.lax.dynamic_index_in_dim(a, step, keepdims=False), stacked
-  )
-
-
-def _write(stacked: Any, state: Any, step: jax.Array) -> Any:
-  return jax.tree.map(
-    lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, step, 0), stacked, state
-  )
+    return Decoder(stack.scanned_as(self.config, runs), self.precision)

@@ -1,4 +1,4 @@
-"""Token embedding, which also serves as the output head when tied."""
+"""Embeddings: of tokens (also the output head when tied), positions, token types."""
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ class Embed(nn.Module):
     vocab_size: V, number of tokens.
     embed_dim: D.
     init_std: standard deviation of the initial entries.
+    axes: logical axes of the table: what its rows are, and its width.
   """
 
   vocab_size: int
   embed_dim: int
   init_std: float = 0.02
+  axes: tuple[str, str] = ("vocab", "embed")
 
   def setup(self):
     """Declares the table."""
@@ -28,7 +30,7 @@ class Embed(nn.Module):
       "table",
       nn.initializers.normal(self.init_std),
       (self.vocab_size, self.embed_dim),
-      axes=("vocab", "embed"),
+      axes=self.axes,
       kind="embedding",
     )
 

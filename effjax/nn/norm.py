@@ -1,6 +1,7 @@
-"""Root-mean-square normalization.
+"""Normalization of the last axis: by its root mean square, or by mean and variance.
 
-Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; no deviations.
+Sources: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4 (RMSNorm); Ba et al. 2016,
+arXiv:1607.06450, eq. 4 over one token (LayerNorm); no deviations.
 """
 
 import jax
@@ -49,3 +50,43 @@ def rms_norm(
   normal = (wide * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape)
   scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
   return (normal * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, statistics in float32.
+
+  Attributes:
+    axis: logical axis that is normalized.
+    eps: added to the variance (BERT's default).
+  """
+
+  axis: str = "embed"
+  eps: float = 1e-12
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalizes the last axis; output has the dtype of x."""
+    # The bias is of kind "norm" as well: whatever rescales or removes a channel of a
+    # norm has to treat the two alike.
+    scale, bias = (
+      weight_lib.weight(
+        self, name, init, (x.shape[-1],), axes=(self.axis,), kind="norm"
+      )
+      for name, init in (
+        ("scale", nn.initializers.ones),
+        ("bias", nn.initializers.zeros),
+      )
+    )
+    return layer_norm(x, verbs.dense(scale), verbs.dense(bias), self.eps)
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> jax.Array:
+  """The pure function of `LayerNorm`; scale and bias have the size of x's last axis."""
+  wide = x.astype(jnp.float32)
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  lead = tuple(range(x.ndim - 1))
+  normal = centred * jax.lax.rsqrt(variance + eps) * jnp.expand_dims(scale, lead)
+  return (normal + jnp.expand_dims(bias, lead)).astype(x.dtype)

@@ -6,8 +6,11 @@ import jax
 import numpy as np
 
 from effjax.core import config as core_config
+from effjax.core import registry
 from effjax.core import tree as tree_lib
 from effjax.measure import flops
+from effjax.models import config as model_config
+from effjax.ops.attention import api as attention_ops
 from effjax.recipe import plan as plan_lib
 
 # A training step costs a forward pass and, for gradients, about two more.
@@ -20,7 +23,11 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
   Returns:
     `config` (resolved), `mesh`, `parameters` (path, shape, kind, axes, sharding,
     num_params each), `stages` (what each holds), `num_params`, `flops_per_token`
-    (forward, at the training length) and `train_flops_per_token`.
+    (forward, at the training length) and `train_flops_per_token`, and `attention`
+    (mixer, layers, implementation, because), for training on the device at hand.
+
+  Raises:
+    InputError: a layer names an implementation of attention that cannot do it.
   """
   config = plan.config
   specs = tree_lib.flatten(plan.specs)
@@ -46,7 +53,33 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
     "num_params": num_params,
     "flops_per_token": forward,
     "train_flops_per_token": _PASSES * forward,
+    "attention": _attention(plan),
   }
+
+
+def _attention(plan: plan_lib.Plan) -> list[dict[str, Any]]:
+  """Which implementation the layers with attention run in training, and why."""
+  model, data = plan.model, plan.config.data
+  found: dict[tuple[str, str, str], list[int]] = {}
+  for index, layer in enumerate(model.config.layers):
+    technique = registry.find(model_config.MIXERS, layer.mixer)
+    if not hasattr(technique, "attention_problem"):
+      continue
+    mixer = technique(layer.build_mixer_options(), model.config.embed_dim)
+    problem = mixer.attention_problem(
+      data.batch_size, data.sequence_length, model.precision.dtype
+    )
+    choice = attention_ops.explain(mixer.options.implementation, problem)
+    found.setdefault((layer.mixer, *choice), []).append(index)
+  return [
+    {
+      "mixer": mixer,
+      "layers": ", ".join(map(str, layers)),
+      "implementation": name,
+      "because": reason,
+    }
+    for (mixer, name, reason), layers in found.items()
+  ]
 
 
 def _stage(plan: plan_lib.Plan, index: int, num_params: int) -> dict[str, Any]:

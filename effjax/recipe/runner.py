@@ -118,18 +118,25 @@ def _commit(
 
 def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> None:
   """Writes the reports and, last, result.json."""
-  session_lib.say("report: compressors on the same text, tables and plots")
-  data = session.data
-  lines = baselines.measure(
-    data.eval_set.text, data.train_text(), session.config.measure.xz_preset
-  )
+  session_lib.say("report: compressors on the same text if there is any, tables, plots")
+  data, lines = session.data, []
+  if data.eval_set.num_bytes is not None:
+    lines = baselines.measure(
+      data.eval_set.text, data.train_text(), session.config.measure.xz_preset
+    )
   report.write(session.root, table, lines, data.facts)
 
 
 def _summary(row: dict[str, Any]) -> str:
-  quality, decode_ms = row["quality"]["bits_per_byte"], row["decode_ms_p50"]
+  quality, decode_ms = row["quality"], row["decode_ms_p50"]
+  if quality["loss"] is None:
+    scored = "not finite"
+  elif "accuracy" in quality:
+    scored = f"{100 * quality['accuracy']:.2f} % right"
+  else:
+    scored = f"{quality['bits_per_byte']:.4f} bits/byte"
   parts = [
-    "not finite" if quality is None else f"{quality:.4f} bits/byte",
+    scored,
     f"{row['bits_per_weight']:.2f} bits/weight",
     f"{row['bytes_held'] / 1e6:.2f} MB",
   ]

@@ -66,9 +66,10 @@ class Session:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed))
 
   def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:
-    """The validation text that is scored, or its first `max_bytes`."""
+    """What is scored: the validation text, or its first `max_bytes`; all examples."""
     eval_set = self.data.eval_set
-    if max_bytes is None or max_bytes >= eval_set.num_bytes:
+    num_bytes = eval_set.num_bytes
+    if max_bytes is None or num_bytes is None or max_bytes >= num_bytes:
       return eval_set
     return evaluation.choose(
       self.data.corpus,

@@ -84,7 +84,8 @@ def _evaluator(
 
   def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
     found = quality.evaluate(model, params, eval_set, batch_size)
-    wanted = {name: found[name] for name in ("loss", "bits_per_byte")}
+    names = ("loss", "accuracy" if "accuracy" in found else "bits_per_byte")
+    wanted = {name: found[name] for name in names}
     return {name: math.nan if x is None else x for name, x in wanted.items()}
 
   return evaluate

@@ -109,7 +109,9 @@ def build(results: Sequence[result_lib.Result]) -> Table:
 def _cell(spec: _Spec, row: Row, result: result_lib.Result) -> Cell:
   value = spec.value(row)
   if value is None:
-    broken = spec.column.key in ("bpb", "ppl") and row["quality"].get("num_tokens")
+    quality, key = row["quality"], spec.column.key
+    counted = {"bpb": "num_bytes", "ppl": "num_tokens"}.get(key)
+    broken = quality.get(counted) or (key == "accuracy" and key in quality)
     return Cell(text="not finite" if broken else MISSING)
   notes = {}
   if spec.compare is not None:

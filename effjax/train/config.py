@@ -68,6 +68,11 @@ class TrainConfig:
       f"batch_size={self.batch_size} is no multiple of "
       f"micro_batches={self.micro_batches}",
     )
+    config_lib.require(
+      self.precision.compute != "float16",
+      "precision.compute='float16' cannot train: small gradients vanish without loss "
+      "scaling; use 'bfloat16'",
+    )
     # Wrong options and a schedule that does not fit are found before anything runs.
     self.make_loss()
     optim_config.learning_rate(self.optimizer, self.num_steps)

@@ -9,7 +9,17 @@ from effjax.models import config, decoder
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 9, 32, 40
 # Small sizes for the options that a mixer or MLP has; all others are its defaults.
-SMALL = {"head_dim": 16, "state_dim": 8, "chunk": 4, "num_heads": 2, "num_kv_heads": 1}
+SMALL = {
+  "head_dim": 16,
+  "state_dim": 8,
+  "chunk": 4,
+  "num_heads": 2,
+  "num_kv_heads": 1,
+  "block": 2,
+  "num_features": 32,
+  "kv_rank": 16,
+  "rope_dim": 8,
+}
 
 
 def _options(package, name):
@@ -33,6 +43,14 @@ def _build(mixer, mlp="swiglu"):
   tokens_BL = jax.random.randint(jax.random.key(0), (BATCH, LENGTH), 0, VOCAB)
   params = jax.jit(model.init)(jax.random.key(1), tokens_BL)["params"]
   return model, params, tokens_BL
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Most of the time here is XLA's; what is compared does not need its last effort."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=registry.names(config.MIXERS))

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -44,3 +45,49 @@ def test_not_finite_is_null_rather_than_a_number(model, params, text):
   assert found["num_tokens"] == 14
   huge = quality.summarize(1000.0, 1, 1)
   assert huge["loss"] == 1000 and huge["perplexity"] is None
+
+
+def test_accuracy_where_only_answers_are_scored(model, params, text):
+  answers = dataclasses.replace(text, num_bytes=None)
+  (batch,) = answers.batches(2)
+  logits = jax.jit(model.apply)(
+    {"params": params},
+    jnp.asarray(batch["inputs"]),
+    positions=jnp.asarray(batch["positions"]),
+    segments=jnp.asarray(batch["segments"]),
+  )[0]
+  best = np.asarray(logits).argmax(axis=-1)
+  scored = batch["weights"] > 0
+  # Half of the scored targets become what the model says.
+  chosen = scored & (np.arange(12)[None] % 2 == 0)
+  batch["targets"] = np.where(chosen, best, (best + 1) % 40).astype(np.int32)
+
+  class Fixed(type(answers)):
+    def batches(self, batch_size):
+      for start in range(0, 2, batch_size):
+        yield {name: a[start : start + batch_size] for name, a in batch.items()}
+
+  fixed = Fixed(num_bytes=None)
+  for batch_size in (1, 2):
+    found = quality.evaluate(model, params, fixed, batch_size)
+    assert found["accuracy"] == chosen.sum() / 14
+  assert found["num_tokens"] == 14
+  assert found["bits_per_byte"] is None and found["num_bytes"] is None
+  assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+  assert "accuracy" not in quality.evaluate(model, params, text, 2)
+
+
+def test_accuracy_is_null_where_nothing_is_finite_and_ties_are_no_answers(
+  model, params, text
+):
+  answers = dataclasses.replace(text, num_bytes=None)
+  broken = jax.tree.map(lambda a: a * jnp.nan, params)
+  found = quality.evaluate(model, broken, answers, batch_size=2)
+  assert found["accuracy"] is found["loss"] is None
+  # A model that knows nothing says the first of forty equal tokens.
+  blank = jax.tree.map(jnp.zeros_like, params)
+  (batch,) = answers.batches(2)
+  zeros = ((batch["targets"] == 0) & (batch["weights"] > 0)).sum()
+  found = quality.evaluate(model, blank, answers, batch_size=2)
+  assert found["accuracy"] == zeros / 14
+  assert found["loss"] == pytest.approx(math.log(40))

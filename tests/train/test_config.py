@@ -21,6 +21,7 @@ from effjax.train import config as train_config
     ({"num_steps": 9, "loss_options": {"chunks": 1}}, "did you mean 'chunk'"),
     ({"num_steps": 9, "optimizer": {"name": "adamv"}}, "did you mean 'adamw'"),
     ({"num_steps": 9, "precision": {"compute": "int8"}}, "compute dtype"),
+    ({"num_steps": 9, "precision": {"compute": "float16"}}, "use 'bfloat16'"),
     ({"num_steps": 9.5}, "num_steps must be int"),
   ],
 )

@@ -19,6 +19,7 @@ from effjax.core import specs as specs_lib
 from effjax.infer import engine
 from effjax.models import config as model_config
 from effjax.models import decoder
+from effjax.ops.matmul import native
 
 VARIANTS = {
   "fp32": None,
@@ -60,8 +61,19 @@ def bench(quick: bool = False) -> timing.Table:
       f"attention decoder, {num_layers} layers, vocabulary 2048, float32 activations",
       f"medians of {rounds * turn} tokens a variant, taking turns of {turn}",
       f"device: {jax.devices()[0].device_kind}",
+      f"int8 dynamic: {_integer_product()}",
     ],
   )
+
+
+def _integer_product() -> str:
+  """Which product the dynamic variant executed, and why."""
+  if jax.default_backend() != "cpu":
+    return "XLA's own integer product"
+  status = native.status()
+  if status.available:
+    return f"native integer product, {status.reason}"
+  return f"XLA's own integer product ({status.reason})"
 
 
 def _compare(

@@ -6,12 +6,14 @@ judge it printed below the table.
 Examples:
   effjax bench decode            decoding: fp32, int8, dynamic int8, int4
   effjax bench loop --json       the training loop's cost outside the compiled step
+  effjax bench mixers --plot mixers.png   every mixer by length, with its curves
   effjax bench decode --quick    tiny shapes: does it run? (the numbers mean nothing)
 """
 
 import argparse
 import dataclasses
 import json
+import pathlib
 
 from effjax.cli import catalog
 from effjax.core import errors, registry
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   listed = "; ".join(f"{name}: {summary}" for name, summary in suites.items())
   parser.add_argument("suite", help=listed)
   parser.add_argument("--quick", action="store_true", help="tiny shapes, no meaning")
+  parser.add_argument("--plot", metavar="PNG", help="draw the curves of a suite")
   parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -31,5 +34,12 @@ def main(args: argparse.Namespace) -> None:
   suites = registry.names(catalog.BENCHES)
   if args.suite not in suites:
     raise errors.unknown("suite", args.suite, suites)
-  table = registry.find(catalog.BENCHES, args.suite)(quick=args.quick)
+  bench = registry.find(catalog.BENCHES, args.suite)
+  if args.plot and not hasattr(bench, "curves"):
+    raise errors.InputError(f"--plot: suite {args.suite!r} has no curves to draw")
+  if args.plot and not pathlib.Path(args.plot).parent.is_dir():
+    raise errors.InputError(f"--plot {args.plot}: its folder does not exist")
+  table = bench(quick=args.quick)
+  if args.plot:
+    table.draw(bench.curves, args.plot)
   print(json.dumps(dataclasses.asdict(table)) if args.json else table.markdown())

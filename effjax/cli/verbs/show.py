@@ -38,6 +38,9 @@ def main(args: argparse.Namespace) -> None:
   _print_table(found["parameters"])
   print(f"\nstages, on a mesh of {found['mesh']}")
   _print_table(found["stages"])
+  if found["attention"]:
+    print("\nattention in training, on the device at hand")
+    _print_table(found["attention"])
   print(f"\nparameters in all    {found['num_params']:,}")
   print(f"forward FLOPs/token  {found['flops_per_token']:,.0f}")
   print(f"training FLOPs/token {found['train_flops_per_token']:,.0f}")

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import absl.logging
+import numpy as np
 import tensorflow_datasets as tfds
 
 from effjax.core import config, errors
@@ -34,16 +35,19 @@ class Corpus:
 
   Attributes:
     name: registry key.
-    kind: "text" (records {"name", "text"}) or "image" (records {"image", "label"}).
+    kind: "text" (records {"name", "text"}), "tokens" (records {"tokens", "scored"}) or
+      "image" (records {"image", "label"}).
     sources: random-access records of each split.
     facts: plain values for the report: hash (SHA-256 of the content), origin, licence,
       documents and bytes of each split, and what else the corpus knows of itself.
+    symbols: what each id stands for, of kind "tokens".
   """
 
   name: str
   kind: str
   sources: Mapping[str, Sequence[Mapping[str, Any]]]
   facts: Mapping[str, Any]
+  symbols: tuple[str, ...] = ()
 
   def texts(self, split: str) -> Iterator[str]:
     """The texts of a split, in the order stored."""
@@ -110,7 +114,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   Class attributes:
     KEY: registry key, equal to the file name.
-    KIND: "text" or "image".
+    KIND: "text", "tokens" or "image".
     ORIGIN, LICENCE: one line each, for the report.
     Options: frozen dataclass of the corpus's options.
   """
@@ -163,8 +167,18 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         builder.download_and_prepare()
     sources = {split: builder.as_data_source(split) for split in builder.info.splits}
     return Corpus(
-      name=cls.KEY, kind=cls.KIND, sources=sources, facts=dict(builder.info.metadata)
+      name=cls.KEY,
+      kind=cls.KIND,
+      sources=sources,
+      facts=dict(builder.info.metadata),
+      symbols=cls.symbols(checked),
     )
+
+  @classmethod
+  def symbols(cls, options: Any) -> tuple[str, ...]:
+    """What each token id stands for, the start first; none unless of kind "tokens"."""
+    del options
+    return ()
 
   @classmethod
   def check_files(cls, options: Any, manual_dir: str | None) -> None:
@@ -240,3 +254,61 @@ class TextBuilder(CorpusBuilder):
         entry = wanted[index]
         text = document.text[entry.start : entry.stop]
         yield index, {"name": document.name, "text": text}
+
+
+class ExampleBuilder(CorpusBuilder):
+  """A corpus of examples of token ids, in which only some tokens are scored.
+
+  An example begins with id 0. Its facts say what always giving the most frequent
+  answer of a split gets: `majority`, the share of that answer.
+  """
+
+  KIND = "tokens"
+  ORIGIN = "generated"
+  LICENCE = "none needed"
+
+  @classmethod
+  def fingerprint(cls, options: Any, manual_dir: str | None) -> Any:
+    return []
+
+  @abc.abstractmethod
+  def make_examples(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids (integers) and whether each is an answer to be predicted (bool), `[T]`."""
+
+  def features(self) -> dict[str, Any]:
+    return {
+      "tokens": tfds.features.Tensor(shape=(None,), dtype=np.uint16),
+      "scored": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+    }
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+    del dl_manager
+    made = {split: list(self.make_examples(split)) for split in documents.SPLITS}
+    digests = {
+      split: [
+        hashlib.sha256(ids.astype("<u2").tobytes() + scored.tobytes()).digest()
+        for ids, scored in examples
+      ]
+      for split, examples in made.items()
+    }
+    answers = {
+      split: np.bincount(np.concatenate([ids[scored] for ids, scored in examples]))
+      for split, examples in made.items()
+    }
+    self._record_facts(
+      hash=documents.corpus_digest(digests),
+      documents={split: len(examples) for split, examples in made.items()},
+      scored={split: int(counts.sum()) for split, counts in answers.items()},
+      majority={
+        split: float(counts.max() / counts.sum()) for split, counts in answers.items()
+      },
+    )
+    return {
+      split: self._generate_examples(examples) for split, examples in made.items()
+    }
+
+  def _generate_examples(
+    self, examples: Iterable[tuple[np.ndarray, np.ndarray]]
+  ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    for index, (ids, scored) in enumerate(examples):
+      yield index, {"tokens": ids.astype(np.uint16), "scored": scored}

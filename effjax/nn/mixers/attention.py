@@ -1,9 +1,13 @@
-"""Grouped-query softmax attention with rotary positions.
+"""Grouped-query softmax attention: full, or over a sliding window.
 
 Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Su et al. 2021,
-arXiv:2104.09864, eq. 34 (rotary embedding, halves rotated as in Llama).
+arXiv:2104.09864, eq. 34 (rotary embedding, halves rotated as in Llama); Press et al.
+2021, arXiv:2108.12409, section 3 (linear biases); Jiang et al. 2023, arXiv:2310.06825,
+section 2 (sliding window, rolling cache); Gemma 2, arXiv:2408.00118, section 2 (capped
+scores); Qwen3, arXiv:2505.09388, section 2 (normalized queries and keys).
 Multi-head attention is num_kv_heads == num_heads, multi-query is num_kv_heads == 1.
-Deviations: optional RMS norm of queries and keys (`qk_norm`), off by default.
+Deviations: in a bidirectional model a window is symmetric, `window // 2` to each side,
+and linear biases fall with the absolute distance; all options are off by default.
 """
 
 import dataclasses
@@ -17,10 +21,17 @@ from effjax.core import config, errors
 from effjax.core.shard import shard
 from effjax.nn import norm
 from effjax.nn.caches import kv
+from effjax.nn.caches import window as window_cache
+from effjax.ops.attention import alibi, patterns
 from effjax.ops.attention import api as attention_ops
 from effjax.ops.attention import rope as rope_lib
+from effjax.ops.attention import rope_scaling as rope_scaling_lib
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
+
+POSITIONS = ("rope", "alibi", "none")
+
+Cache = kv.KVCache | window_cache.WindowCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,24 +42,67 @@ class AttentionOptions:
     num_heads: H, query heads.
     num_kv_heads: G, key and value heads; divides H.
     head_dim: K, size of a head (even, for the rotation).
+    position: how order enters: "rope" rotates queries and keys, "alibi" adds linear
+      biases to the scores, "none" leaves it to other layers.
     rope_theta: base of the rotary wavelengths.
+    rope_scaling: stretches rotary positions beyond the trained length, or None.
     qk_norm: RMS-normalize each query and key head before the rotation.
+    bias: whether q, k, v and o have biases.
+    logit_cap: c of `c * tanh(scores / c)`, or None.
+    window: tokens a query sees, itself included, or None for all; a causal model then
+      keeps a rolling cache of so many.
+    implementation: "auto", or one of effjax.ops.attention.api; does not change results.
   """
 
   num_heads: int = 4
   num_kv_heads: int = 2
   head_dim: int = 64
+  position: str = "rope"
   rope_theta: float = 10_000.0
+  rope_scaling: rope_scaling_lib.RopeScaling | None = None
   qk_norm: bool = False
+  bias: bool = False
+  logit_cap: float | None = None
+  window: int | None = None
+  implementation: str = "auto"
 
   def __post_init__(self):
-    for name in ("num_heads", "num_kv_heads", "head_dim"):
-      config.require(getattr(self, name) > 0, f"{name} must be positive")
+    for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta"):
+      value = getattr(self, name)
+      config.require(value > 0, f"{name} must be positive, got {value}")
     config.require(
       self.num_heads % self.num_kv_heads == 0,
       f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
     )
-    config.require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
+    for name, value, allowed in (
+      ("position", self.position, POSITIONS),
+      ("attention implementation", self.implementation, attention_ops.NAMES),
+    ):
+      if value not in allowed:
+        raise errors.unknown(name, value, allowed)
+    rotary = self.position == "rope"
+    config.require(
+      not rotary or self.head_dim % 2 == 0,
+      f"head_dim={self.head_dim} must be even for position='rope'",
+    )
+    config.require(
+      rotary or self.rope_scaling is None,
+      f"rope_scaling needs position='rope', got position={self.position!r}",
+    )
+    cap, window = self.logit_cap, self.window
+    config.require(
+      cap is None or cap > 0, f"logit_cap={cap} must be positive, or None for no cap"
+    )
+    config.require(
+      window is None or window >= 1,
+      f"window={window} must be at least 1, or None for no window",
+    )
+
+  def pattern(self, causal: bool) -> patterns.Pattern:
+    """Who sees whom."""
+    if self.window is not None:
+      return patterns.Window(self.window, causal)
+    return patterns.Causal() if causal else patterns.Full()
 
 
 class Attention(nn.Module):
@@ -74,12 +128,12 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BLD: jax.Array,
-    state: kv.KVCache | None = None,
+    state: Cache | None = None,
     *,
     positions: jax.Array,
     segments: jax.Array,
     shared: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, kv.KVCache | None]:
+  ) -> tuple[jax.Array, Cache | None]:
     """Mixes positions; see the mixer contract in effjax.models.decoder.
 
     Args:
@@ -98,29 +152,9 @@ class Attention(nn.Module):
       raise errors.InputError("bidirectional attention cannot decode step by step")
     opts = self.options
     q_BLHK = self._heads(x_BLD, "q", opts.num_heads, "heads")
-    if opts.qk_norm:
-      q_BLHK = norm.RMSNorm(axis="head", name="q_norm")(q_BLHK)
-    q_BLHK = rope_lib.rope(q_BLHK, positions, opts.rope_theta)
+    q_BLHK = self._placed(q_BLHK, "q_norm", positions)
     k_BLGK, v_BLGK = shared if shared is not None else self._keys(x_BLD, positions)
-    if state is None:
-      y_BLHK = attention_ops.attention(
-        q_BLHK,
-        k_BLGK,
-        v_BLGK,
-        causal=self.causal,
-        q_segments_BL=segments,
-        kv_segments_BS=segments,
-      )
-    else:
-      offset_B = state.length_B
-      state = kv.append(state, k_BLGK, v_BLGK, segments > 0)
-      y_BLHK = attention_ops.cached_attention(
-        q_BLHK,
-        state.k_BGSK,
-        state.v_BGSK,
-        offset_B[:, None] + jnp.arange(x_BLD.shape[1])[None, :],
-        state.length_B,
-      )
+    y_BLHK, state = self._attend(q_BLHK, k_BLGK, v_BLGK, state, segments)
     y_BLHK = shard(y_BLHK, ("batch", "length", "heads", None))
     out = weight_lib.weight(
       self,
@@ -131,17 +165,66 @@ class Attention(nn.Module):
       head_dim=opts.head_dim,
       reads="v",
     )
-    return verbs.contract(y_BLHK.reshape(*x_BLD.shape[:2], -1), out), state
+    y_BLD = verbs.contract(y_BLHK.reshape(*x_BLD.shape[:2], -1), out)
+    return self._biased(y_BLD, "o", "embed"), state
+
+  def _attend(
+    self,
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    state: Cache | None,
+    segments: jax.Array,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Attention within the tokens, or over the cache and the tokens."""
+    opts = self.options
+    slopes = alibi.slopes(opts.num_heads) if opts.position == "alibi" else None
+    extras = {"slopes_H": slopes, "logit_cap": opts.logit_cap}
+    pattern = opts.pattern(self.causal)
+    if state is None:
+      y_BLHK = attention_ops.attention(
+        q_BLHK,
+        k_BLGK,
+        v_BLGK,
+        pattern=pattern,
+        implementation=opts.implementation,
+        q_segments_BL=segments,
+        kv_segments_BS=segments,
+        **extras,
+      )
+      return y_BLHK, None
+    if isinstance(state, window_cache.WindowCache):
+      return window_cache.attend(
+        state, q_BLHK, k_BLGK, v_BLGK, segments > 0, pattern=pattern, **extras
+      )
+    offset_B = state.length_B
+    state = kv.append(state, k_BLGK, v_BLGK, segments > 0)
+    y_BLHK = attention_ops.cached_attention(
+      q_BLHK,
+      state.k_BGSK,
+      state.v_BGSK,
+      offset_B[:, None] + jnp.arange(q_BLHK.shape[1])[None, :],
+      state.length_B,
+      pattern=pattern,
+      **extras,
+    )
+    return y_BLHK, state
 
   def _keys(
     self, x_BLD: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
+    k_BLGK = self._heads(x_BLD, "k", self.options.num_kv_heads, "kv")
+    k_BLGK = self._placed(k_BLGK, "k_norm", positions)
+    return k_BLGK, self._heads(x_BLD, "v", self.options.num_kv_heads, "kv")
+
+  def _placed(self, x_BLHK: jax.Array, name: str, positions: jax.Array) -> jax.Array:
+    """Queries or keys, normalized and rotated as the options say."""
     opts = self.options
-    k_BLGK = self._heads(x_BLD, "k", opts.num_kv_heads, "kv")
     if opts.qk_norm:
-      k_BLGK = norm.RMSNorm(axis="head", name="k_norm")(k_BLGK)
-    k_BLGK = rope_lib.rope(k_BLGK, positions, opts.rope_theta)
-    return k_BLGK, self._heads(x_BLD, "v", opts.num_kv_heads, "kv")
+      x_BLHK = norm.RMSNorm(axis="head", name=name)(x_BLHK)
+    if opts.position == "rope":
+      x_BLHK = rope_lib.rope(x_BLHK, positions, opts.rope_theta, opts.rope_scaling)
+    return x_BLHK
 
   def _heads(self, x_BLD: jax.Array, name: str, num_heads: int, axis: str) -> jax.Array:
     """Projects to heads `[B, L, heads, K]`."""
@@ -155,14 +238,55 @@ class Attention(nn.Module):
       head_dim=head_dim,
       reads=self.reads,
     )
-    y = verbs.contract(x_BLD, w).reshape(*x_BLD.shape[:2], num_heads, head_dim)
+    y = self._biased(verbs.contract(x_BLD, w), name, axis, head_dim)
+    y = y.reshape(*x_BLD.shape[:2], num_heads, head_dim)
     return shard(y, ("batch", "length", axis, None))
 
+  def _biased(
+    self, y_BLF: jax.Array, name: str, axis: str, head_dim: int | None = None
+  ) -> jax.Array:
+    """Adds the bias of a projection, if there are biases."""
+    if not self.options.bias:
+      return y_BLF
+    w = weight_lib.weight(
+      self,
+      f"{name}_bias",
+      nn.initializers.zeros,
+      y_BLF.shape[-1:],
+      axes=(axis,),
+      kind="bias",
+      head_dim=head_dim,
+    )
+    return y_BLF + verbs.dense(w).astype(y_BLF.dtype)[None, None]
+
   @nn.nowrap
-  def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> kv.KVCache:
-    """An empty cache for `max_len` tokens."""
+  def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> Cache:
+    """An empty cache for `max_len` tokens, or for a window of them."""
     opts = self.options
-    return kv.init(batch, opts.num_kv_heads, max_len, opts.head_dim, jnp.dtype(dtype))
+    sizes = (opts.head_dim, jnp.dtype(dtype))
+    if self.causal and opts.window is not None:
+      slots = min(opts.window, max_len)
+      return window_cache.init(batch, opts.num_kv_heads, slots, *sizes)
+    return kv.init(batch, opts.num_kv_heads, max_len, *sizes)
+
+  @nn.nowrap
+  def attention_problem(
+    self, batch: int, length: int, dtype: DTypeLike
+  ) -> attention_ops.Problem:
+    """What attention over a batch of whole sequences is, on the device at hand."""
+    opts = self.options
+    kv_shape = (batch, length, opts.num_kv_heads, opts.head_dim)
+    return attention_ops.Problem(
+      **attention_ops.device_facts(),
+      q_shape=(batch, length, opts.num_heads, opts.head_dim),
+      k_shape=kv_shape,
+      v_shape=kv_shape,
+      dtype=dtype,
+      pattern=opts.pattern(self.causal),
+      segments=True,
+      slopes=opts.position == "alibi",
+      logit_cap=opts.logit_cap is not None,
+    )
 
 
 TECHNIQUE = Attention

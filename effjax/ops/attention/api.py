@@ -1,20 +1,43 @@
-"""The entry to attention: one name a use, the form picked here.
+"""The entry to attention: one function, the implementation picked by facts.
 
-| form        | what it is                                                    |
-|-------------|---------------------------------------------------------------|
-| "xla"       | matrix products over blocks of queries; every platform        |
-| "reference" | the naive definition, float32, slow: for tests and debugging  |
-
-The default is "xla" on every platform. Over a cache there is one form, `decode`.
+`attention` is for whole sequences, see `choice` for its implementations;
+`cached_attention` and `decode_attention` are for queries over a cache.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import jax
 
-from effjax.core import errors
-from effjax.ops.attention import decode, reference, xla
+from effjax.core import errors, shard
+from effjax.ops.attention import (
+  blockwise,
+  choice,
+  cudnn,
+  decode,
+  patterns,
+  reference,
+  splash,
+  xla,
+)
 
-FORMS = {"xla": xla.attention, "reference": reference.attention}
+IMPLEMENTATIONS = {
+  "xla": xla.attention,
+  "blockwise": blockwise.attention,
+  "splash": splash.attention,
+  "cudnn": cudnn.attention,
+  "reference": reference.attention,
+}
+NAMES = ("auto", *IMPLEMENTATIONS)
+_KERNELS = ("splash", "cudnn")
 
+_traceable: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  "traceable", default=False
+)
+
+Problem = choice.Problem
+choose = choice.choose
 cached_attention = decode.cached_attention
 decode_attention = decode.decode_attention
 
@@ -22,33 +45,111 @@ decode_attention = decode.decode_attention
 def attention(
   q_BLHK: jax.Array,
   k_BSGK: jax.Array,
-  v_BSGK: jax.Array,
+  v_BSGW: jax.Array,
   *,
-  form: str = "xla",
-  causal: bool = True,
+  pattern: patterns.Pattern = patterns.CAUSAL,
+  implementation: str = "auto",
   q_positions_BL: jax.Array | None = None,
   kv_positions_BS: jax.Array | None = None,
   q_segments_BL: jax.Array | None = None,
   kv_segments_BS: jax.Array | None = None,
-  window: int | None = None,
+  slopes_H: jax.Array | None = None,
+  logit_cap: float | None = None,
   scale: float | None = None,
 ) -> jax.Array:
-  """Softmax attention in the named form; see `xla.attention` for the arguments.
+  """Softmax attention of every query over the keys it may see.
+
+  Packed documents need segments only: positions in a document are counted from them.
+  Explicit positions are for sequences in another order than that of the indices; they
+  cost most implementations their savings.
+
+  Args:
+    q_BLHK, k_BSGK, v_BSGW: queries, keys and values, float32 or bfloat16; H is a
+      multiple of G; W, the size of a value head, may differ from K.
+    pattern: who sees whom inside a document.
+    implementation: "auto" or a name in IMPLEMENTATIONS.
+    q_positions_BL, kv_positions_BS: int32 from 0 in each document; one of them alone
+      serves both if L == S.
+    q_segments_BL, kv_segments_BS: int32; a query sees keys of its own segment, and
+      segment 0 (padding) neither sees nor is seen; q's serves both if L == S. Equal
+      segments are neighbours.
+    slopes_H: m of the bias -m |q_pos - k_pos| on the scores (ALiBi), without gradient.
+    logit_cap: c of `c * tanh(scores / c)`, before bias and mask.
+    scale: factor of the scores, default K ** -0.5.
+
+  Returns:
+    y_BLHW in the dtype of q. Scores, softmax and sums are float32. Rows that see no key
+    are zero and have zero gradients.
 
   Raises:
-    InputError: an unknown form, or what the form itself refuses.
+    InputError: an unknown implementation, or one that cannot do what is asked (it says
+      what); H not a multiple of G; segments or positions of one side only with L != S.
   """
-  if form not in FORMS:
-    raise errors.unknown("attention form", form, FORMS)
-  return FORMS[form](
+  xla.check_heads(q_BLHK, k_BSGK)
+  problem = choice.Problem(
+    **device_facts(),
+    q_shape=q_BLHK.shape,
+    k_shape=k_BSGK.shape,
+    v_shape=v_BSGW.shape,
+    dtype=q_BLHK.dtype,
+    pattern=pattern,
+    segments=q_segments_BL is not None or kv_segments_BS is not None,
+    positions=q_positions_BL is not None or kv_positions_BS is not None,
+    slopes=slopes_H is not None,
+    logit_cap=logit_cap is not None,
+  )
+  name = explain(implementation, problem).name
+  if _traceable.get() and name in _KERNELS:
+    name = "blockwise"
+  return IMPLEMENTATIONS[name](
     q_BLHK,
     k_BSGK,
-    v_BSGK,
-    causal=causal,
+    v_BSGW,
+    pattern=pattern,
     q_positions_BL=q_positions_BL,
     kv_positions_BS=kv_positions_BS,
     q_segments_BL=q_segments_BL,
     kv_segments_BS=kv_segments_BS,
-    window=window,
+    slopes_H=slopes_H,
+    logit_cap=logit_cap,
     scale=scale,
   )
+
+
+def explain(implementation: str, problem: choice.Problem) -> choice.Choice:
+  """What `attention` would run: the choice, or the given name if it can.
+
+  Raises:
+    InputError: the named implementation is unknown or cannot.
+  """
+  if implementation == "auto":
+    return choice.choose(problem)
+  why = choice.refusal(implementation, problem)
+  if why is not None:
+    raise errors.InputError(f"attention implementation={implementation!r}: {why}")
+  return choice.Choice(implementation, "it is asked for")
+
+
+@contextlib.contextmanager
+def traceable() -> Iterator[None]:
+  """While open, `blockwise` stands in for kernels, whose products no trace shows."""
+  token = _traceable.set(True)
+  try:
+    yield
+  finally:
+    _traceable.reset(token)
+
+
+def device_facts() -> dict[str, object]:
+  """Platform and compute capability of the active mesh or the default device."""
+  active = shard.current()
+  device = jax.devices()[0] if active is None else active[0].devices.flat[0]
+  if device.platform == "tpu":
+    return {"platform": "tpu"}
+  if device.platform not in ("gpu", "cuda"):
+    # Any other device gets the forms in plain XLA, as the CPU does.
+    return {"platform": "rocm" if device.platform == "rocm" else "cpu"}
+  if "rocm" in device.client.platform_version:
+    return {"platform": "rocm"}
+  capability = tuple(int(n) for n in str(device.compute_capability).split("."))
+  return {"platform": "cuda", "capability": capability}

@@ -1,4 +1,4 @@
-"""The entry to the state-space recurrence of Mamba-2: the form is picked here.
+"""The entry to the linear recurrences: the form is picked here.
 
 | tokens | form       | why                                                          |
 |--------|------------|--------------------------------------------------------------|
@@ -6,15 +6,19 @@
 | more   | `chunked`  | matrix products inside a chunk, a short scan across chunks   |
 
 The length is static, so the choice costs nothing at run time. It is the same on every
-platform.
+platform. Gated linear attention (`gla`) and the delta rules (`delta_rule`, with or
+without decay) choose likewise, in files of those names.
 """
 
 import jax
 import jax.numpy as jnp
 
-from effjax.ops.recurrence import chunked, step
+from effjax.ops.recurrence import chunked, delta, step
+from effjax.ops.recurrence import gla as gla_forms
 
 ssd_step = step.ssd_step
+gla = gla_forms.gla
+delta_rule, unit = delta.delta_rule, delta.unit
 
 
 def ssd(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from effjax.core import errors
-from effjax.ops.attention import rope
+from effjax.ops.attention import rope, rope_scaling
 
 
 def _inputs(head_dim=16):
@@ -26,14 +26,39 @@ def test_equals_complex_rotation():
   np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_scores_depend_on_distance_only():
+def test_interleaved_equals_complex_rotation_of_neighbours():
+  x, positions = _inputs()
+  frequency = 500.0 ** (-np.arange(8) / 8)
+  turn = np.exp(1j * positions[..., None].astype(np.float64) * frequency)[:, :, None]
+  turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+  expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+  ours = rope.rope(jnp.asarray(x), jnp.asarray(positions), 500.0, interleaved=True)
+  np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+SCALINGS = {
+  "none": None,
+  "linear": rope_scaling.RopeScaling(kind="linear", factor=4.0),
+  "ntk": rope_scaling.RopeScaling(kind="ntk", factor=4.0),
+  "yarn": rope_scaling.RopeScaling(kind="yarn", factor=4.0, original_max_len=64),
+  "llama3": rope_scaling.RopeScaling(kind="llama3", factor=4.0, original_max_len=64),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scores_depend_on_distance_only(kind, interleaved):
   x, _ = _inputs()
   x = jnp.asarray(x[:1, :1])
-  at = lambda p: rope.rope(x, jnp.asarray([[p]], jnp.int32))
+  at = lambda p: rope.rope(
+    x, jnp.asarray([[p]], jnp.int32), scaling=SCALINGS[kind], interleaved=interleaved
+  )
   score = lambda a, b: np.asarray((at(a) * at(b)[:, :, ::-1]).sum(-1))
   np.testing.assert_allclose(score(7, 3), score(104, 100), atol=1e-4)
   assert np.abs(score(7, 3) - score(7, 4)).max() > 1e-3
-  np.testing.assert_array_equal(np.asarray(at(0)), np.asarray(x))
+  factor = rope_scaling.attention_factor(SCALINGS[kind])
+  assert (factor > 1) == (kind == "yarn")
+  np.testing.assert_array_equal(np.asarray(at(0)), np.asarray(x * factor))
 
 
 def test_keeps_the_dtype_and_computes_in_float32():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effjax.core import errors
-from effjax.ops.attention import api, reference, xla
+from effjax.ops.attention import alibi, api, patterns, reference, xla
 
 
 def _inputs(rows, q_len, kv_len, heads, groups, head_dim, seed=0):
@@ -53,15 +53,35 @@ def _cases():
       _inputs(2, 75, 75, 4, 2, 8),
       {"q_segments_BL": segments, "q_positions_BL": positions},
     ),
-    "window": (_inputs(2, 140, 140, 2, 1, 8), {"window": 37}),
-    "bidirectional": (_inputs(2, 7, 11, 4, 2, 8), {"causal": False}),
+    "window": (_inputs(2, 140, 140, 2, 1, 8), {"pattern": patterns.Window(37)}),
+    "both sides": (
+      _inputs(2, 140, 140, 2, 1, 8),
+      {"pattern": patterns.Window(37, causal=False), "logit_cap": 2.0},
+    ),
+    "linear biases": (
+      _inputs(2, 75, 75, 6, 2, 8),
+      {"slopes_H": alibi.slopes(6), "q_segments_BL": segments},
+    ),
+    "bigbird": (
+      _inputs(2, 75, 75, 4, 2, 8),
+      {"pattern": patterns.BigBird(8), "q_segments_BL": segments},
+    ),
+    "causal longformer": (
+      _inputs(2, 75, 75, 4, 2, 8),
+      {"pattern": patterns.Longformer(9, 2, causal=True), "q_segments_BL": segments},
+    ),
+    "bidirectional": (_inputs(2, 7, 11, 4, 2, 8), {"pattern": patterns.FULL}),
     "shuffled": (
       _inputs(2, 20, 20, 4, 2, 8),
       {"q_positions_BL": shuffled, "kv_positions_BS": shuffled},
     ),
     "ragged": (
       _inputs(2, 5, 7, 4, 2, 8),
-      {"q_segments_BL": q_seg, "kv_segments_BS": kv_seg, "causal": False},
+      {
+        "q_segments_BL": q_seg,
+        "kv_segments_BS": kv_seg,
+        "pattern": patterns.FULL,
+      },
     ),
   }
 
@@ -135,7 +155,7 @@ def test_bfloat16_keeps_statistics_in_float32():
   arrays = [x.astype(jnp.bfloat16) for x in _inputs(1, 64, 64, 2, 1, 16)]
   y = jax.jit(xla.attention)(*arrays)
   assert y.dtype == jnp.bfloat16
-  exact = reference.attention(*[x.astype(jnp.float32) for x in arrays])
+  exact = jax.jit(reference.attention)(*[x.astype(jnp.float32) for x in arrays])
   _close(y.astype(jnp.float32), exact, 2e-2)
 
 
@@ -153,10 +173,14 @@ def test_second_derivatives():
   _close(hvp(xla.attention), hvp(reference.attention), 1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 37])
-def test_computed_pairs_are_those_of_the_compiled_dots(window):
+@pytest.mark.parametrize(
+  "pattern",
+  [patterns.CAUSAL, patterns.Window(37), patterns.Window(37, causal=False)],
+  ids=str,
+)
+def test_computed_pairs_are_those_of_the_compiled_dots(pattern):
   q, k, v = _inputs(1, 140, 140, 2, 1, 8)
-  compiled = jax.jit(functools.partial(xla.attention, window=window)).lower(q, k, v)
+  compiled = jax.jit(functools.partial(xla.attention, pattern=pattern)).lower(q, k, v)
   text = compiled.as_text()
   dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
   pairs = 0
@@ -165,7 +189,7 @@ def test_computed_pairs_are_those_of_the_compiled_dots(window):
     (lhs, _, out) = [[int(n) for n in s] for s in shapes]
     if lhs[-1] == 8:  # scores: [1, 1, R * C, K] with [1, 1, S, K]
       pairs += out[-2] // 2 * out[-1]
-  assert pairs == xla.computed_pairs(140, 140, window=window)
+  assert pairs == xla.computed_pairs(140, 140, pattern)
   assert pairs < 140 * 140 * 0.7
   assert xla.computed_pairs(5, 7, in_order=False) == 35
 
@@ -175,15 +199,12 @@ def _tensors(line):
   return [part.split(">")[0] for part in signature.split("tensor<")[1:]]
 
 
-def test_api_picks_the_form():
-  arrays = _inputs(1, 6, 6, 2, 1, 4)
-  forms = [
-    jax.jit(functools.partial(api.attention, **options))(*arrays)
-    for options in ({}, {"form": "reference"})
-  ]
-  _close(*forms, 1e-5)
-  with pytest.raises(errors.InputError, match="did you mean 'reference'"):
-    api.attention(*arrays, form="referense")
+def test_value_heads_of_another_size():
+  q, k, v = _inputs(2, 40, 40, 4, 2, 8)
+  v = jnp.concatenate([v, v[..., :3]], axis=-1)
+  y, y_ref = jax.jit(xla.attention)(q, k, v), jax.jit(reference.attention)(q, k, v)
+  assert y.shape == (2, 40, 4, 11)
+  _close(y, y_ref, 1e-5)
 
 
 def test_refuses_with_one_line():
@@ -191,10 +212,10 @@ def test_refuses_with_one_line():
   with pytest.raises(errors.InputError, match="3 query heads over 2 kv heads"):
     xla.attention(q, k, v)
   q = q[:, :, :2]
-  with pytest.raises(errors.InputError, match="needs causal=True"):
-    xla.attention(q, k, v, causal=False, window=3)
   with pytest.raises(errors.InputError, match="4 queries and 6 keys; give both"):
     xla.attention(q, k, v, q_segments_BL=jnp.ones((1, 4), jnp.int32))
+  with pytest.raises(errors.InputError, match="did you mean 'reference'"):
+    api.attention(q, k, v, implementation="referense")
 
 
 @pytest.mark.oracle
@@ -209,7 +230,8 @@ def test_equals_torch(causal):
     *tensors, is_causal=causal, enable_gqa=True
   ).transpose(1, 2)
   (theirs**2).sum().backward()
-  fn = functools.partial(xla.attention, causal=causal)
+  pattern = patterns.CAUSAL if causal else patterns.FULL
+  fn = functools.partial(xla.attention, pattern=pattern)
   _close(fn(*arrays), theirs.detach().numpy(), 1e-5)
   grads = jax.grad(lambda a: (fn(*a) ** 2).sum())(arrays)
   for grad, tensor in zip(grads, tensors, strict=True):

@@ -56,7 +56,8 @@ def test_dot_is_exact_at_the_extremes_and_under_vmap():
 
 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (8, 1)])
-def test_the_compiled_product_reads_int8_and_two_rows(rows):
+def test_the_compiled_product_reads_int8_and_two_rows(rows, monkeypatch):
+  monkeypatch.setenv("EFFJAX_NATIVE", "0")
   x = jax.ShapeDtypeStruct((*rows, 256), jnp.float32)
   w = jax.ShapeDtypeStruct((512, 256), jnp.int8)
   scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)

@@ -1,0 +1,109 @@
+"""Real text at equal parameters: what does each sequence mixer cost in bits per byte?
+
+Question: in one small decoder, with the same parameters, tokens, order of the text and
+optimizer, how well does each mixer predict Python's own standard library?
+
+Model: 4 layers of width 128, vocabulary 2,048, sequences of 256; every mixer at the
+proportions of its source (see `MIXERS`), a SwiGLU after each. The SwiGLUs are as wide
+as it takes to reach 1.1 million parameters in all: within 1 % for every mixer, so what
+a mixer spends on itself its MLPs lack. Muon, the same learning rate and number of
+steps for all. `hybrid` is three layers of Mamba-2 and one of attention.
+
+Command: effjax run --config configs/mixers/language.py:attention
+Command for all: python experiments/mixers/run.py language
+All run with one seed, then the best five with two more; 440 steps are meant to take
+about 3 minutes a mixer on two idle CPU cores.
+
+Not run yet: no numbers to compare with.
+"""
+
+import jax
+import ml_collections
+
+from effjax.core import config as config_lib
+from effjax.core import errors
+from effjax.models import config as model_config
+from effjax.models import decoder
+
+NUM_PARAMS = 1_100_000
+HEADS = {"num_heads": 4, "head_dim": 32}
+MAMBA2 = {"head_dim": 64, "state_dim": 32, "chunk": 32}
+# Pattern, and the options of its mixers.
+MIXERS = {
+  "attention": {"attention": HEADS | {"num_kv_heads": 4}},
+  "mla": {"mla": HEADS | {"value_dim": 32, "rope_dim": 16, "kv_rank": 64}},
+  "longformer": {"longformer": HEADS | {"window": 64}},
+  "bigbird": {
+    "bigbird": HEADS | {"block": 32, "num_global_blocks": 1, "num_random": 1}
+  },
+  "linear_attention": {"linear_attention": HEADS},
+  "performer": {"performer": HEADS | {"num_features": 128}},
+  "retnet": {"retnet": HEADS},
+  "gla": {"gla": {"num_heads": 4}},
+  "deltanet": {"deltanet": {"num_heads": 4}},
+  "gated_deltanet": {"gated_deltanet": {"num_heads": 4}},
+  "s4d": {"s4d": {}},
+  "mamba1": {"mamba1": {}},
+  "mamba2": {"mamba2": MAMBA2},
+  "hybrid": {"mamba2": MAMBA2, "attention": HEADS | {"num_kv_heads": 4}},
+}
+_EMBED_DIM, _NUM_LAYERS = 128, 4
+
+
+def get_config(arg: str = "attention") -> ml_collections.ConfigDict:
+  """The recipe of one mixer; `arg` is a name in MIXERS."""
+  if arg not in MIXERS:
+    raise errors.unknown("argument of configs/mixers/language.py:", arg, tuple(MIXERS))
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.data = {
+    "corpus": "stdlib",
+    "vocab_size": 2048,
+    "sequence_length": 256,
+    "batch_size": 8,
+    "eval_bytes": 200_000,
+  }
+  config.model = _model(arg)
+  config.measure = {"latency": False, "xz_preset": 6}
+  config.stages = (
+    {
+      "name": "train",
+      "technique": "train",
+      "options": {
+        "num_steps": 440,
+        "optimizer": {
+          "name": "muon",
+          "learning_rate": 0.01,
+          "schedule": "wsd",
+          "schedule_options": {"decay_fraction": 0.4},
+        },
+        "checkpoint_every": 100,
+        "log_every": 20,
+      },
+    },
+  )
+  return config
+
+
+def _model(arg: str) -> dict:
+  """The decoder whose MLPs fill it up to NUM_PARAMS."""
+  pattern = tuple(MIXERS[arg])
+  model = {
+    "vocab_size": 2048,
+    "embed_dim": _EMBED_DIM,
+    "num_layers": _NUM_LAYERS,
+    "pattern": ("mamba2",) * 3 + ("attention",) if arg == "hybrid" else pattern,
+    "mixer_options": MIXERS[arg],
+    "max_len": 256,
+  }
+  # A hidden unit has a column in two matrices and a row in a third.
+  unit = 3 * _EMBED_DIM * _NUM_LAYERS
+  without = _num_params(model | {"mlp_options": {"swiglu": {"hidden_dim": 1}}}) - unit
+  hidden_dim = 8 * round((NUM_PARAMS - without) / (8 * unit))
+  return model | {"mlp_options": {"swiglu": {"hidden_dim": hidden_dim}}}
+
+
+def _num_params(model: dict) -> int:
+  built = decoder.Decoder(config_lib.build(model_config.DecoderConfig, model, "model"))
+  tree = jax.eval_shape(built.init, jax.random.key(0), *built.example_inputs())
+  return sum(array.size for array in jax.tree.leaves(tree["params"]))

@@ -1,0 +1,165 @@
+"""Runs of layers: how a model applies its layers, scanned, unrolled or shared.
+
+Shared by the decoder and the encoder. A layer is a module called as
+`x_BLD, state = layer(x_BLD, state, positions, segments)`; a maker builds the one of a
+config, `make(layer_config, name=...)`, wherever it is called.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from effjax.core import layers as layers_lib
+
+# Collections a scanned layer may write or own; each gets a leading axis of layers.
+_STACKED = ("params", "losses", "metrics", "stats", "state")
+
+
+class Body(nn.Module):
+  """What one scan step of a run applies: `period` layers, one after the other."""
+
+  layers: tuple[Any, ...]
+  make: Any
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[Any, ...], positions: jax.Array, segments: jax.Array
+  ) -> tuple[tuple[Any, ...], None]:
+    """Carry: activations, stacked states of the run (or None), step number.
+
+    The states travel in the carry and are updated in place; as scan inputs and
+    outputs the whole cache would be copied every step.
+    """
+    x_BLD, states, step = carry
+    for j, layer in enumerate(self.layers):
+      name = f"layer_{j}"
+      state = None if states is None else _read(states[name], step)
+      x_BLD, state = self.make(layer, name=name)(x_BLD, state, positions, segments)
+      if states is not None:
+        states = {**states, name: _write(states[name], state, step)}
+    return (x_BLD, states, step + 1), None
+
+
+def apply(
+  configs: Sequence[Any],
+  runs: Sequence[layers_lib.Run] | None,
+  make: Callable[..., Any],
+  x_BLD: jax.Array,
+  state: Mapping[str, Any] | None,
+  positions: jax.Array,
+  segments: jax.Array,
+) -> tuple[jax.Array, dict[str, Any] | None]:
+  """All layers in order; call it inside a compact method, which will own them.
+
+  Args:
+    configs: one config a layer.
+    runs: how they are scanned (parameters under `run_<i>/layer_<j>`), or None for a
+      loop over `layer_<k>`.
+    make: builds the layer of a config.
+    x_BLD: activations.
+    state: decoding state by the name of the run or layer, or None.
+    positions, segments: int32 `[B, L]`.
+
+  Returns:
+    Activations, and the new state (None without one).
+  """
+  new_state = None if state is None else {}
+  if runs is None:
+    for k, layer in enumerate(configs):
+      name = f"layer_{k}"
+      old = None if state is None else state[name]
+      x_BLD, new = make(layer, name=name)(x_BLD, old, positions, segments)
+      if new_state is not None:
+        new_state[name] = new
+    return x_BLD, new_state
+  start = 0
+  for i, run in enumerate(runs):
+    name = f"run_{i}"
+    scanned = nn.scan(
+      Body,
+      variable_axes=dict.fromkeys(_STACKED, 0),
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=run.repeats,
+    )
+    body = scanned(tuple(configs[start : start + run.period]), make, name=name)
+    old = None if state is None else state[name]
+    (x_BLD, new, _), _ = body((x_BLD, old, jnp.int32(0)), positions, segments)
+    if new_state is not None:
+      new_state[name] = new
+    start += run.num_layers
+  return x_BLD, new_state
+
+
+def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]:
+  """A layer applied `times` times in a row, always with the same parameters.
+
+  Its parameters exist once, and their gradient is the sum over the uses. Without a
+  decoding state only: every use would need its own.
+  """
+
+  def once(
+    layer: nn.Module, x_BLD: jax.Array, positions: jax.Array, segments: jax.Array
+  ) -> tuple[jax.Array, None]:
+    return layer(x_BLD, None, positions, segments)[0], None
+
+  def call(
+    x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    # What a use writes is read by the next one: a scan could not carry variables that
+    # the first use creates.
+    written = any(map(layer.is_mutable_collection, ("params", "stats", "state")))
+    if times == 1 or written:
+      for _ in range(times):
+        x_BLD, _ = once(layer, x_BLD, positions, segments)
+      return x_BLD, state
+    scanned = nn.scan(
+      once,
+      variable_broadcast=("params", "state"),
+      variable_axes={"losses": 0, "metrics": 0},
+      split_rngs={"params": False, "dropout": True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=times,
+    )
+    return scanned(layer, x_BLD, positions, segments)[0], state
+
+  return call
+
+
+def rematerialized(cls: type[nn.Module], remat: str, scanned: bool) -> type[nn.Module]:
+  """The layer class that recomputes in the backward pass; see config.REMAT."""
+  if remat == "none":
+    return cls
+  policies = jax.checkpoint_policies
+  policy = {
+    "full": policies.nothing_saveable,
+    "dots": policies.dots_with_no_batch_dims_saveable,
+  }[remat]
+  return nn.remat(cls, policy=policy, prevent_cse=not scanned)
+
+
+def scanned_as(config: Any, runs: tuple[layers_lib.Run, ...] | None) -> Any:
+  """The config of the same model scanned as given, or unrolled for None."""
+  changed = (
+    {"runs": None, "scan": False}
+    if runs is None
+    else {"runs": tuple((r.period, r.repeats) for r in runs), "scan": True}
+  )
+  return dataclasses.replace(config, **changed)
+
+
+def _read(stacked: Any, step: jax.Array) -> Any:
+  """The state of one scan step, out of the stacked ones."""
+  return jax.tree.map(
+    lambda a: jax.lax.dynamic_index_in_dim(a, step, keepdims=False), stacked
+  )
+
+
+def _write(stacked: Any, state: Any, step: jax.Array) -> Any:
+  return jax.tree.map(
+    lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, step, 0), stacked, state
+  )
