@@ -20,7 +20,15 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
   warmup = _values(
     [(result.config.get("measure") or {}).get("warmup_tokens") for result in results]
   )
-  return [
+  answers = [
+    (
+      "accuracy",
+      f"share of the {scoring('num_tokens')} scored targets whose most likely "
+      "prediction is right; only answers are scored.",
+    )
+  ]
+  has_answers = any(row["quality"].get("accuracy") is not None for row in rows)
+  return (answers if has_answers else []) + [
     (
       "bits per byte",
       "summed negative log-likelihood of every predicted token, in nats, over ln 2 and "

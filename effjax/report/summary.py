@@ -37,6 +37,16 @@ def facts(results: Sequence[result_lib.Result]) -> list[Fact]:
         detail=name(*best),
       )
     )
+  answered = [x for x in rows if x[1]["quality"].get("accuracy") is not None]
+  if answered:
+    best_answers = max(answered, key=lambda x: x[1]["quality"]["accuracy"])
+    found.append(
+      Fact(
+        label="Best accuracy",
+        value=f"{100 * best_answers[1]['quality']['accuracy']:.1f} %",
+        detail=name(*best_answers),
+      )
+    )
   smallest = min(rows, key=lambda x: x[1]["bytes_held"])
   found.append(
     Fact(

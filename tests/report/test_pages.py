@@ -126,6 +126,21 @@ def test_summary_names_the_losses(result):
   assert "xz -9e (1.720)" in compressors.detail and compressors.detail.endswith("win")
 
 
+def test_answers_are_explained_and_headed(result):
+  quality = {"accuracy": 0.125, "num_tokens": 64, "bits_per_byte": None}
+  rows = [
+    row | {"quality": quality | {"accuracy": 0.125 * i}}
+    for i, row in enumerate(result.stages[:3])
+  ]
+  answered = dataclasses.replace(result, stages=tuple(rows))
+  facts = {fact.label: fact for fact in summary.facts([answered])}
+  assert facts["Best accuracy"].value == "25.0 %"
+  assert facts["Best accuracy"].detail == rows[2]["stage"]
+  assert "Best quality" not in facts
+  assert "64 scored targets" in dict(method.definitions([answered]))["accuracy"]
+  assert "accuracy" not in dict(method.definitions([result]))
+
+
 def test_plot_is_drawn_without_an_outlier_setting_its_scale(run_folder):
   pixels = matplotlib.image.imread(run_folder / "pareto.png")
   assert pixels.shape[:2] == (780, 1320)
