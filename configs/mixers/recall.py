@@ -16,7 +16,8 @@ Command for all: python experiments/mixers/run.py recall
 
 Not run yet for all mixers, and not tuned: whether attention leaves its plateau (until
 then it only knows which values a sequence holds) hangs on batch, rate and order.
-Single runs of attention on 3,200 answers, Muon unless said:
+Tuning runs of attention on a busy machine, on 3,200 answers, with the options edited
+by hand (no argument of this recipe gives them back), Muon unless said:
 
 | rate | batch | steps | right |
 | --- | ---: | ---: | ---: |
@@ -26,7 +27,7 @@ Single runs of attention on 3,200 answers, Muon unless said:
 | 0.02 | 16 | 1,000 | 14.0 % |
 | 0.003, AdamW | 64 | 600 of 1,000 | 5.0 % |
 
-Mamba-2 at the rate 0.005, batch 16, 1,000 steps: 3.2 %.
+Mamba-2, likewise, at the rate 0.005, batch 16, 1,000 steps: 3.2 %.
 """
 
 import ml_collections
