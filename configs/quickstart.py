@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     },
     "max_len": 256,
   }
-  config.measure = {"xz_preset": 0 if smoke else 6}
+  config.measure = {"eval_batch_size": 8, "xz_preset": 0 if smoke else 6}
   config.stages = (
     {
       "name": "train",

@@ -28,8 +28,8 @@ def num_params(params: Mapping[str, Any]) -> int:
 
 
 def num_nonzero(params: Mapping[str, Any]) -> int:
-  """Weights that are not exactly zero (count), one dense parameter at a time."""
-  return sum(leaves.num_nonzero(leaf) for leaf in tree_lib.flatten(params).values())
+  """Weights that are not exactly zero (count)."""
+  return leaves.num_nonzero(params)
 
 
 def bits_per_weight(params: Mapping[str, Any], num_weights: int) -> float:

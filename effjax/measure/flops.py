@@ -69,8 +69,8 @@ def per_token(model: Any, params: Mapping[str, Any], length: int) -> Flops:
 
   by_source = _count(forward, flat, tokens_BL)
   executed = sum(by_source.values())
-  pruned = {path: 1 - leaves.kept_fraction(leaf) for path, leaf in flat.items()}
-  saved = sum(flops * pruned.get(path, 0) for path, flops in by_source.items())
+  kept = leaves.kept_fractions(flat)
+  saved = sum(flops * (1 - kept.get(path, 1)) for path, flops in by_source.items())
   return Flops(executed=executed / length, theoretical=(executed - saved) / length)
 
 

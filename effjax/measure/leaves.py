@@ -1,5 +1,7 @@
 """What a ruler asks of a leaf: nested leaves, pruned entries, what is simulated."""
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core import compiling
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
@@ -36,18 +39,30 @@ def size(leaf: Any) -> int:
   return int(np.prod(leaf.shape, dtype=np.int64))
 
 
-def kept_fraction(leaf: Any) -> float:
-  """Share of a parameter's entries that its masks keep; 1 without a mask."""
-  fraction = 1.0
-  for part in nested(leaf):
-    if isinstance(part, masked.Masked):
-      fraction *= _count(_mask_rows(part)) / size(part)
-  return fraction
+def kept_fractions(flat: Mapping[str, Any]) -> dict[str, float]:
+  """Share of each parameter's entries that its masks keep; 1 without a mask.
+
+  Args:
+    flat: path to leaf.
+  """
+  masks = {
+    path: [part for part in nested(leaf) if isinstance(part, masked.Masked)]
+    for path, leaf in flat.items()
+  }
+  kept = _mask_rows(masks)
+  return {
+    path: math.prod(
+      (_total(rows) / size(part) for rows, part in zip(kept[path], parts, strict=True)),
+      start=1.0,
+    )
+    for path, parts in masks.items()
+  }
 
 
-def num_nonzero(leaf: Any) -> int:
-  """Entries of the dense weight that are not exactly zero (count)."""
-  return _count(_nonzero_rows(leaf))
+def num_nonzero(params: Mapping[str, Any]) -> int:
+  """Entries of the dense weights that are not exactly zero (count)."""
+  flat = tree_lib.flatten(params)
+  return sum(_total(rows) for rows in _nonzero_rows(flat).values())
 
 
 def simulated(params: Mapping[str, Any]) -> list[str]:
@@ -59,16 +74,18 @@ def simulated(params: Mapping[str, Any]) -> list[str]:
   return sorted(found)
 
 
-def _count(rows: jax.Array) -> int:
+def _total(rows: jax.Array) -> int:
   # Rows are counted on the device in 32 bits, and added up on the host in 64.
   return int(np.asarray(rows).sum(dtype=np.int64))
 
 
-@jax.jit
-def _mask_rows(leaf: masked.Masked) -> jax.Array:
-  return jnp.sum(leaf.mask(), axis=-1, dtype=jnp.int32)
+@functools.partial(jax.jit, compiler_options=compiling.ONCE)
+def _mask_rows(masks: Mapping[str, list[masked.Masked]]) -> dict[str, list[jax.Array]]:
+  count = lambda part: jnp.sum(part.mask(), axis=-1, dtype=jnp.int32)
+  return {path: [count(part) for part in parts] for path, parts in masks.items()}
 
 
-@jax.jit
-def _nonzero_rows(leaf: Any) -> jax.Array:
-  return jnp.sum(verbs.dense(leaf) != 0, axis=-1, dtype=jnp.int32)
+@functools.partial(jax.jit, compiler_options=compiling.ONCE)
+def _nonzero_rows(flat: Mapping[str, Any]) -> dict[str, jax.Array]:
+  count = lambda leaf: jnp.sum(verbs.dense(leaf) != 0, axis=-1, dtype=jnp.int32)
+  return {path: count(leaf) for path, leaf in flat.items()}

@@ -105,9 +105,11 @@ def _scores(
     positions=batch["positions"],
     segments=batch["segments"],
   )
-  logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
+  logits_BLV = logits_BLV.astype(jnp.float32)
   targets_BL1 = batch["targets"][:, :, None]
-  nll_BL = -jnp.take_along_axis(logp_BLV, targets_BL1, axis=-1)[:, :, 0]
+  chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL1, axis=-1)[:, :, 0]
+  # Not log_softmax: that would write all of its `[B, L, V]` to read one in V.
+  nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - chosen_BL
   if not answers:
     return nll_BL, None
   return nll_BL, jnp.argmax(logits_BLV, axis=-1) == batch["targets"]

@@ -68,9 +68,9 @@ def make(config: config_lib.Config) -> Plan:
   mesh = mesh_lib.make(config.mesh)
   model = decoder.Decoder(config.model)
   specs = specs_lib.specs(model)
-  fresh = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())
+  fresh = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
   plan = Plan(
-    config=config, model=model, specs=specs, fresh=fresh["params"], mesh=mesh, shapes=()
+    config=config, model=model, specs=specs, fresh=fresh, mesh=mesh, shapes=()
   )
   shapes: list[Any] = []
   for i, stage in enumerate(config.stages):

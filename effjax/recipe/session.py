@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from effjax.core import compiling
 from effjax.data import evaluation, pipeline
 from effjax.recipe import folder
 from effjax.recipe import plan as plan_lib
@@ -63,7 +64,8 @@ class Session:
     model = self.plan.model
     init = lambda key: model.init(key, *model.example_inputs())["params"]
     shardings = self.plan.shardings(self.plan.fresh)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed))
+    compiled = jax.jit(init, out_shardings=shardings, compiler_options=compiling.ONCE)
+    return compiled(jax.random.key(self.config.seed))
 
   def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:
     """What is scored: the validation text, or its first `max_bytes`; all examples."""

@@ -82,16 +82,20 @@ def place(
   trainable, frozen = split(params, paths)
   trainable_shardings, frozen_shardings = partition.partition(placed, paths)
 
+  key_data = jax.random.key_data(key)
+  wrap = jax.random.wrap_key_data
+  init = lambda data: model.init(wrap(data), *model.example_inputs())
+  has_state = "state" in jax.eval_shape(init, key_data)
+
   def first(trainable, key_data):
     return TrainState(
       step=jnp.int32(0),
       params=jax.tree.map(jnp.copy, trainable),
       opt_state=tx.init(trainable),
-      collections=_first_collections(model, key_data),
+      collections={"state": init(key_data)["state"]} if has_state else {},
       key_data=jnp.copy(key_data),
     )
 
-  key_data = jax.random.key_data(key)
   shapes = jax.eval_shape(first, trainable, key_data)
   whole = NamedSharding(mesh, PartitionSpec())
   shardings = TrainState(
@@ -108,15 +112,6 @@ def place(
   )
   state = jax.jit(first, out_shardings=shardings)(*inputs)
   return state, jax.device_put(frozen, frozen_shardings), shardings
-
-
-def _first_collections(model: nn.Module, key_data: jax.Array) -> dict[str, Any]:
-  """`{"state": ...}` of a model that keeps a state while training, else `{}`."""
-  init = lambda key: model.init(key, *model.example_inputs())
-  key = jax.random.wrap_key_data(key_data)
-  if "state" not in jax.eval_shape(init, key):
-    return {}
-  return {"state": init(key)["state"]}
 
 
 def describe(tree: Any) -> dict[str, Any]:

@@ -13,7 +13,9 @@ without a query hold random ids. With `4 * num_pairs == length` every place has 
 Deviations: the answer stands in the sequence after its query, as it does in text (the
 authors' code puts a random id there and holds the answers apart; each key is asked for
 once, so an answer tells nothing about another); id 0 starts every sequence, so
-`length` counts what the model reads: the start and all tokens but the last answer.
+`length` counts what the model reads: the start and all tokens but the last answer. Like
+theirs, training may mix in sequences of fewer pairs (`train_pairs`), from which looking
+up is learned much sooner; validation never does.
 
 Shapes: N sequences, P pairs, S places, T ids of a sequence.
 """
@@ -36,6 +38,7 @@ class Options:
 
   Attributes:
     num_pairs: pairs in a sequence, each asked for once.
+    train_pairs: pairs in training sequences, which take turns; `num_pairs` if empty.
     length: tokens of a sequence, pairs and queries with their answers.
     vocab_size: ids; the start is id 0, the lower half are keys, the upper half values.
     num_examples: training sequences.
@@ -45,6 +48,7 @@ class Options:
   """
 
   num_pairs: int = 32
+  train_pairs: tuple[int, ...] = ()
   length: int = 128
   vocab_size: int = 256
   num_examples: int = 50_000
@@ -56,6 +60,11 @@ class Options:
     for name in ("num_pairs", "num_examples", "num_validation"):
       value = getattr(self, name)
       config.require(value >= 1, f"{name} must be at least 1, got {value}")
+    config.require(
+      all(1 <= pairs <= self.num_pairs for pairs in self.train_pairs),
+      f"train_pairs must be from 1 to num_pairs = {self.num_pairs}, "
+      f"got {self.train_pairs}",
+    )
     config.require(
       self.length % 2 == 0 and 4 * self.num_pairs <= self.length,
       f"length must be even and at least 4 * num_pairs = {4 * self.num_pairs} (a pair "
@@ -73,7 +82,7 @@ class Options:
 
 
 class MQAR(base.ExampleBuilder):
-  """Sequences of one length with `num_pairs` answers each."""
+  """Sequences of one length with `num_pairs` answers each, or fewer in training."""
 
   KEY = "mqar"
   Options = Options
@@ -88,14 +97,15 @@ class MQAR(base.ExampleBuilder):
     options = self.builder_config.options
     left = options.num_examples if split == "train" else options.num_validation
     first = documents.SPLITS.index(split) << 32
+    counts = split == "train" and options.train_pairs or (options.num_pairs,)
     for block in range(-(-left // _BLOCK)):
       # Blocks are drawn whole, so a larger corpus begins with the smaller one.
-      rows = _block(options, first + block)
+      rows = _block(options, counts[block % len(counts)], first + block)
       yield from zip(*(array[:left] for array in rows), strict=True)
       left -= _BLOCK
 
 
-def _block(options: Options, stream: int) -> tuple[np.ndarray, np.ndarray]:
+def _block(options: Options, pairs: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
   """Ids and whether they are answers, `[N, T]` each."""
   # Philox's raw output is fixed by NumPy's stability policy; its samplers are not.
   generator = np.random.Philox(key=[options.seed, stream])
@@ -104,7 +114,7 @@ def _block(options: Options, stream: int) -> tuple[np.ndarray, np.ndarray]:
     raw = generator.random_raw(int(np.prod(shape))).reshape(shape)
     return ((raw >> np.uint64(11)) + 0.5) / 2**53
 
-  pairs, half = options.num_pairs, options.vocab_size // 2
+  half = options.vocab_size // 2
   keys_NP = 1 + _distinct(uniform(_BLOCK, half - 1), pairs)
   values_NP = half + _distinct(uniform(_BLOCK, options.vocab_size - half), pairs)
   num_places = (options.length - 2 * pairs) // 2

@@ -69,11 +69,22 @@ def test_splits_are_different_and_the_same_options_give_the_same(
   assert other.corpus.facts["hash"] != data.corpus.facts["hash"]
 
 
+def test_training_may_mix_in_fewer_pairs(cache_folder):
+  options = DENSE | {"train_pairs": (2, 6), "num_examples": 2048}
+  data = open_data(DENSE, options=SIZES | options)
+  answers = [scored.sum() for _, scored in rows(data.arrays["train"])]
+  assert answers == [2] * 1024 + [6] * 1024
+  plain = open_data(DENSE)
+  np.testing.assert_array_equal(
+    data.arrays["validation"].ids_T, plain.arrays["validation"].ids_T
+  )
+
+
 def first_places(alpha):
   options = mqar.Options(
     num_pairs=1, length=42, vocab_size=8, num_examples=4096, alpha=alpha
   )
-  scored = np.concatenate([mqar._block(options, stream)[1] for stream in range(4)])
+  scored = np.concatenate([mqar._block(options, 1, stream)[1] for stream in range(4)])
   places = np.argmax(scored, axis=1)
   assert (scored.sum(axis=1) == 1).all()
   return (places - 4) // 2
@@ -91,7 +102,7 @@ def test_places_follow_the_power_law(alpha):
 
 def test_keys_and_values_are_uniform():
   options = mqar.Options(num_pairs=1, length=4, vocab_size=12)
-  ids = np.concatenate([mqar._block(options, stream)[0] for stream in range(4)])
+  ids = np.concatenate([mqar._block(options, 1, stream)[0] for stream in range(4)])
   for column, low, high in ((1, 1, 6), (2, 6, 12)):
     counts = np.bincount(ids[:, column], minlength=12)[low:high]
     assert counts.sum() == 4096
@@ -118,6 +129,10 @@ def test_facts_name_the_majority(opened):
     ({"length": 17}, "length must be even"),
     ({"vocab_size": 9}, "from 2 * num_pairs + 2 = 10"),
     ({"alpha": 0.0}, "alpha must be above 0"),
+    (
+      {"train_pairs": (4, 5)},
+      "train_pairs must be from 1 to num_pairs = 4, got (4, 5)",
+    ),
     ({"num_validation": 0}, "num_validation must be at least 1"),
   ],
 )
