@@ -125,6 +125,16 @@ def test_show_splits_under_fsdp(command, here, capsys):
   assert train["bytes_per_device"] < train["bytes_held"] / 4
 
 
+def test_show_says_how_attention_runs(command, here, capsys):
+  mixers = ("mla", "longformer", "bigbird", "attention", "mamba2")
+  flags = [f"--config.model.pattern={mixers}", "--config.model.num_layers=5"]
+  shown = _json(capsys, "show", "--config", command.config, *flags)["attention"]
+  found = {entry["mixer"]: entry for entry in shown}
+  assert found.keys() == set(mixers) - {"mamba2"}
+  assert found["mla"]["layers"] == "0" and found["mla"]["implementation"] == "xla"
+  assert "the sequence is short (64 x 64" in found["mla"]["because"]
+
+
 def test_data_shows_sizes_and_samples(command, here, capsys):
   found = _json(capsys, "data", "--config", command.config, "--samples", "2")
   assert found["batch"]["tokens"] == 8 * 64

@@ -14,8 +14,8 @@ Deviations: the answer stands in the sequence after its query, as it does in tex
 authors' code puts a random id there and holds the answers apart; each key is asked for
 once, so an answer tells nothing about another); id 0 starts every sequence, so
 `length` counts what the model reads: the start and all tokens but the last answer. Like
-theirs, training may mix in sequences of fewer pairs (`train_pairs`), from which looking
-up is learned much sooner; validation never does.
+theirs, training may mix in sequences of fewer pairs (`train_pairs`), here shorter in
+proportion, from which looking up is learned much sooner; validation never does.
 
 Shapes: N sequences, P pairs, S places, T ids of a sequence.
 """
@@ -38,7 +38,8 @@ class Options:
 
   Attributes:
     num_pairs: pairs in a sequence, each asked for once.
-    train_pairs: pairs in training sequences, which take turns; `num_pairs` if empty.
+    train_pairs: pairs in training sequences, a thousand of each in turn, whose lengths
+      are in proportion; `num_pairs` if empty.
     length: tokens of a sequence, pairs and queries with their answers.
     vocab_size: ids; the start is id 0, the lower half are keys, the upper half values.
     num_examples: training sequences.
@@ -82,7 +83,7 @@ class Options:
 
 
 class MQAR(base.ExampleBuilder):
-  """Sequences of one length with `num_pairs` answers each, or fewer in training."""
+  """Sequences with `num_pairs` answers each, or fewer in training."""
 
   KEY = "mqar"
   Options = Options
@@ -115,16 +116,17 @@ def _block(options: Options, pairs: int, stream: int) -> tuple[np.ndarray, np.nd
     return ((raw >> np.uint64(11)) + 0.5) / 2**53
 
   half = options.vocab_size // 2
+  length = options.length * pairs // options.num_pairs // 2 * 2
   keys_NP = 1 + _distinct(uniform(_BLOCK, half - 1), pairs)
   values_NP = half + _distinct(uniform(_BLOCK, options.vocab_size - half), pairs)
-  num_places = (options.length - 2 * pairs) // 2
+  num_places = (length - 2 * pairs) // 2
   law_S = np.arange(1, num_places + 1) ** (options.alpha - 1.0)
   # The smallest of exponential variables over their weights: draws without
   # replacement, in order.
   places_NP = _distinct(-np.log(uniform(_BLOCK, num_places)) / law_S[None], pairs)
-  ids_NT = 1 + np.floor(
-    uniform(_BLOCK, 1 + options.length) * (options.vocab_size - 1)
-  ).astype(np.int64)
+  ids_NT = 1 + np.floor(uniform(_BLOCK, 1 + length) * (options.vocab_size - 1)).astype(
+    np.int64
+  )
   scored_NT = np.zeros(ids_NT.shape, bool)
   ids_NT[:, 0] = 0
   ids_NT[:, 1 : 2 * pairs : 2] = keys_NP

@@ -1,22 +1,131 @@
-"""What the linear attentions share: projections to heads and back, and their state.
+"""What the linear attentions share: their call, projections to heads and back, a state.
 
 P is the size of a value head, N the number of features of a head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from effjax.core import config, errors
 from effjax.core.shard import shard
 from effjax.nn.caches import recurrent
+from effjax.ops.attention import rope as rope_lib
 from effjax.ops.linear_attention import api as linear_ops
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
 
 POSITIONS = ("none", "rope")
+
+
+class Features(NamedTuple):
+  """What linear attention works on, `[B, L, H, N]` each.
+
+  Attributes:
+    q: features of the queries.
+    k: features of the keys.
+    rotated: both as they enter the numerator, where that differs.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  rotated: tuple[jax.Array, jax.Array] | None = None
+
+
+class LinearMixer(nn.Module):
+  """A linear attention with a normalizer; a subclass gives the features.
+
+  Attributes:
+    options: of the subclass: num_heads, head_dim, rope_theta and chunk at least.
+    embed_dim: D, width of the model.
+    reads: name of the norm whose output it is given.
+    causal: whether a position sees only itself and the past.
+    out_scale: factor on the initial standard deviation of the output projection.
+    name_in_messages: what errors call it.
+    eps: added to the normalizer.
+  """
+
+  options: Any
+  embed_dim: int
+  reads: str = "mixer_norm"
+  causal: bool = True
+  out_scale: float = 1.0
+
+  name_in_messages = "linear attention"
+  eps = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    state: recurrent.RecurrentState | None = None,
+    *,
+    positions: jax.Array,
+    segments: jax.Array,
+    shared: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[jax.Array, recurrent.RecurrentState | None]:
+    """Mixes positions; see the mixer contract in effjax.models.decoder.
+
+    With a state, the tokens of all segments but 0 continue it. `shared` must be None,
+    there are no keys to share.
+
+    Raises:
+      InputError: `shared` is given, or a state to a bidirectional module.
+    """
+    name, opts = self.name_in_messages, self.options
+    if shared is not None:
+      raise errors.InputError(f"{name} has no keys and values to share; use attention")
+    if state is not None and not self.causal:
+      raise errors.InputError(f"bidirectional {name} cannot decode step by step")
+    q_BLHK, k_BLHK, v_BLHP = (
+      project(self, x_BLD, weight, opts.num_heads, opts.head_dim)
+      for weight in ("q", "k", "v")
+    )
+    found = self._features(q_BLHK, k_BLHK, positions, state is not None)
+    y_BLHP, memory_BHPN = linear_ops.linear_attention(
+      found.q,
+      found.k,
+      v_BLHP,
+      is_causal=self.causal,
+      rotated=found.rotated,
+      segments_BL=segments if state is None else (segments > 0).astype(jnp.int32),
+      initial_state_BHPN=None if state is None else state.memory,
+      chunk=opts.chunk,
+      eps=self.eps,
+    )
+    if state is not None:
+      state = recurrent.grown(state, memory_BHPN, {}, segments > 0)
+    return output(self, y_BLHP), state
+
+  def _features(
+    self, q_BLHK: jax.Array, k_BLHK: jax.Array, positions: jax.Array, decoding: bool
+  ) -> Features:
+    """Features of projected queries and keys `[B, L, H, K]`."""
+    raise TypeError(f"{type(self).__name__} does not define _features()")
+
+  def _rotated(
+    self, q_BLHK: jax.Array, k_BLHK: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    opts = self.options
+    angles = rope_lib.angles(positions, opts.head_dim, opts.rope_theta)
+    return rope_lib.rotate(q_BLHK, *angles), rope_lib.rotate(k_BLHK, *angles)
+
+  @nn.nowrap
+  def num_features(self) -> int:
+    """Features of a head."""
+    raise TypeError(f"{type(self).__name__} does not define num_features()")
+
+  @nn.nowrap
+  def init_state(
+    self, batch: int, max_len: int, dtype: DTypeLike
+  ) -> recurrent.RecurrentState:
+    """An empty float32 state; its size does not depend on `max_len`."""
+    del max_len, dtype
+    opts = self.options
+    return init_state(batch, opts.num_heads, opts.head_dim + 1, self.num_features())
 
 
 def check_options(options: Any) -> None:
@@ -33,14 +142,6 @@ def check_options(options: Any) -> None:
     position != "rope" or head_dim % 2 == 0,
     f"head_dim={head_dim} must be even for rotary positions",
   )
-
-
-def check_call(name: str, module: Any, state: Any, shared: Any) -> None:
-  """Raises InputError for what no mixer of this kind can do."""
-  if shared is not None:
-    raise errors.InputError(f"{name} has no keys and values to share; use attention")
-  if state is not None and not module.causal:
-    raise errors.InputError(f"bidirectional {name} cannot decode step by step")
 
 
 def project(
@@ -84,34 +185,6 @@ def output(
     reads=reads,
   )
   return verbs.contract(y_BLHP.reshape(*y_BLHP.shape[:2], -1), o)
-
-
-def mix(
-  module: Any,
-  q_BLHN: jax.Array,
-  k_BLHN: jax.Array,
-  v_BLHP: jax.Array,
-  state: recurrent.RecurrentState | None,
-  segments: jax.Array,
-  *,
-  rotated: tuple[jax.Array, jax.Array] | None = None,
-  eps: float,
-) -> tuple[jax.Array, recurrent.RecurrentState | None]:
-  """Linear attention of features and values, from a state and to the next one."""
-  y_BLHP, memory_BHPN = linear_ops.linear_attention(
-    q_BLHN,
-    k_BLHN,
-    v_BLHP,
-    is_causal=module.causal,
-    rotated=rotated,
-    segments_BL=segments if state is None else (segments > 0).astype(jnp.int32),
-    initial_state_BHPN=None if state is None else state.memory,
-    chunk=module.options.chunk,
-    eps=eps,
-  )
-  if state is not None:
-    state = recurrent.grown(state, memory_BHPN, {}, segments > 0)
-  return y_BLHP, state
 
 
 def init_state(

@@ -155,18 +155,7 @@ class Attention(nn.Module):
     q_BLHK = self._placed(q_BLHK, "q_norm", positions)
     k_BLGK, v_BLGK = shared if shared is not None else self._keys(x_BLD, positions)
     y_BLHK, state = self._attend(q_BLHK, k_BLGK, v_BLGK, state, segments)
-    y_BLHK = shard(y_BLHK, ("batch", "length", "heads", None))
-    out = weight_lib.weight(
-      self,
-      "o",
-      nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
-      (opts.num_heads * opts.head_dim, self.embed_dim),
-      axes=("heads", "embed"),
-      head_dim=opts.head_dim,
-      reads="v",
-    )
-    y_BLD = verbs.contract(y_BLHK.reshape(*x_BLD.shape[:2], -1), out)
-    return self._biased(y_BLD, "o", "embed"), state
+    return self._output(y_BLHK), state
 
   def _attend(
     self,
@@ -241,6 +230,22 @@ class Attention(nn.Module):
     y = self._biased(verbs.contract(x_BLD, w), name, axis, head_dim)
     y = y.reshape(*x_BLD.shape[:2], num_heads, head_dim)
     return shard(y, ("batch", "length", axis, None))
+
+  def _output(self, y_BLHK: jax.Array) -> jax.Array:
+    """Projects heads back to the width of the model."""
+    opts = self.options
+    y_BLHK = shard(y_BLHK, ("batch", "length", "heads", None))
+    out = weight_lib.weight(
+      self,
+      "o",
+      nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
+      (opts.num_heads * opts.head_dim, self.embed_dim),
+      axes=("heads", "embed"),
+      head_dim=opts.head_dim,
+      reads="v",
+    )
+    y_BLD = verbs.contract(y_BLHK.reshape(*y_BLHK.shape[:2], -1), out)
+    return self._biased(y_BLD, "o", "embed")
 
   def _biased(
     self, y_BLF: jax.Array, name: str, axis: str, head_dim: int | None = None

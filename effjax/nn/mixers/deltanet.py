@@ -17,21 +17,15 @@ from jax.typing import DTypeLike
 from effjax.core import config
 from effjax.nn import norm
 from effjax.nn.caches import recurrent
-from effjax.nn.mixers import _recurrent
+from effjax.nn.mixers import _head_sizes, _recurrent
 from effjax.ops.recurrence import api as recurrence_ops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeltaNetOptions:
-  """Options of DeltaNet.
+class DeltaNetOptions(_head_sizes.HeadSizes):
+  """Options of DeltaNet: the sizes of its heads, and these.
 
   Attributes:
-    num_heads: H, heads.
-    head_dim: K, size of a query and key head; None for `expand_k` times the model width
-      over all heads.
-    value_dim: V, size of a value head; None likewise by `expand_v`.
-    expand_k: width of all keys over that of the model.
-    expand_v: width of all values over that of the model.
     conv_taps: length of the short causal convolutions (tokens).
     chunk: tokens processed by matrix products at a time, rounded up to a power of two;
       does not change results.
@@ -40,42 +34,16 @@ class DeltaNetOptions:
     output_gate: whether the output is multiplied by the SiLU of a projection.
   """
 
-  num_heads: int = 4
-  head_dim: int | None = None
-  value_dim: int | None = None
-  expand_k: float = 1.0
-  expand_v: float = 1.0
+  mixer = "deltanet"
+
   conv_taps: int = 4
   chunk: int = 64
   allow_neg_eigval: bool = False
   output_gate: bool = False
 
   def __post_init__(self):
-    fields = ("num_heads", "head_dim", "value_dim", "expand_k", "expand_v", "chunk")
-    for name in fields:
-      value = getattr(self, name)
-      config.require(value is None or value > 0, f"{name}={value} must be positive")
+    self.check_positive("chunk")
     config.require(self.conv_taps > 1, f"conv_taps={self.conv_taps} must be at least 2")
-
-  def sizes(self, embed_dim: int) -> tuple[int, int]:
-    """K and V in a model of width `embed_dim`; checks the divisions."""
-    key = self.head_dim or _per_head("expand_k", self.expand_k, embed_dim, self)
-    value = self.value_dim or _per_head("expand_v", self.expand_v, embed_dim, self)
-    return key, value
-
-  def width(self, embed_dim: int) -> int:
-    """Channels of all values in a model of width `embed_dim`; checks the divisions."""
-    return self.num_heads * self.sizes(embed_dim)[1]
-
-
-def _per_head(name: str, expand: float, embed_dim: int, opts: DeltaNetOptions) -> int:
-  size = expand * embed_dim / opts.num_heads
-  config.require(
-    size == int(size),
-    f"deltanet {name}={expand} of width {embed_dim} must be a multiple of its"
-    f" num_heads={opts.num_heads}",
-  )
-  return int(size)
 
 
 class DeltaNet(_recurrent.RecurrentMixer):

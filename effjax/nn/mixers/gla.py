@@ -13,66 +13,34 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from effjax.core import config
 from effjax.nn import norm
 from effjax.nn.caches import recurrent
-from effjax.nn.mixers import _recurrent
+from effjax.nn.mixers import _head_sizes, _recurrent
 from effjax.ops.recurrence import api as recurrence_ops
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GLAOptions:
-  """Options of gated linear attention.
+class GLAOptions(_head_sizes.HeadSizes):
+  """Options of gated linear attention: the sizes of its heads, and these.
 
   Attributes:
-    num_heads: H, heads.
-    head_dim: K, size of a query and key head; None for `expand_k` times the model width
-      over all heads.
-    value_dim: V, size of a value head; None likewise by `expand_v`.
-    expand_k: width of all keys over that of the model.
-    expand_v: width of all values over that of the model.
     rank: of the projection to the decays.
     decay_root: r, a decay is the r-th root of a sigmoid, so that most begin near 1.
     chunk: tokens processed by matrix products at a time, rounded up to a power of two;
       does not change results.
   """
 
-  num_heads: int = 4
-  head_dim: int | None = None
-  value_dim: int | None = None
+  mixer = "gla"
+
   expand_k: float = 0.5
-  expand_v: float = 1.0
   rank: int = 16
   decay_root: float = 16.0
   chunk: int = 64
 
   def __post_init__(self):
-    fields = ("num_heads", "head_dim", "value_dim", "expand_k", "expand_v", "rank")
-    for name in (*fields, "decay_root", "chunk"):
-      value = getattr(self, name)
-      config.require(value is None or value > 0, f"{name}={value} must be positive")
-
-  def sizes(self, embed_dim: int) -> tuple[int, int]:
-    """K and V in a model of width `embed_dim`; checks the divisions."""
-    key = self.head_dim or _per_head("expand_k", self.expand_k, embed_dim, self)
-    value = self.value_dim or _per_head("expand_v", self.expand_v, embed_dim, self)
-    return key, value
-
-  def width(self, embed_dim: int) -> int:
-    """Channels of all values in a model of width `embed_dim`; checks the divisions."""
-    return self.num_heads * self.sizes(embed_dim)[1]
-
-
-def _per_head(name: str, expand: float, embed_dim: int, opts: GLAOptions) -> int:
-  size = expand * embed_dim / opts.num_heads
-  config.require(
-    size == int(size),
-    f"gla {name}={expand} of width {embed_dim} must be a multiple of its"
-    f" num_heads={opts.num_heads}",
-  )
-  return int(size)
+    self.check_positive("rank", "decay_root", "chunk")
 
 
 class GLA(_recurrent.RecurrentMixer):

@@ -14,11 +14,8 @@ import dataclasses
 
 import jax
 from flax import linen as nn
-from jax.typing import DTypeLike
 
-from effjax.nn.caches import recurrent
 from effjax.nn.mixers import _linear_heads
-from effjax.ops.attention import rope as rope_lib
 from effjax.ops.linear_attention import feature_maps
 
 _EPS = 1e-10
@@ -46,67 +43,28 @@ class LinearAttentionOptions:
     _linear_heads.check_options(self)
 
 
-class LinearAttention(nn.Module):
-  """Linear attention, causal or over whole documents.
-
-  Attributes:
-    options: see LinearAttentionOptions.
-    embed_dim: D, width of the model.
-    reads: name of the norm whose output it is given.
-    causal: whether a position sees only itself and the past.
-    out_scale: factor on the initial standard deviation of the output projection.
-  """
+class LinearAttention(_linear_heads.LinearMixer):
+  """Linear attention, causal or over whole documents."""
 
   options_cls = LinearAttentionOptions
+  name_in_messages = "linear_attention"
+  eps = _EPS
 
-  options: LinearAttentionOptions
-  embed_dim: int
-  reads: str = "mixer_norm"
-  causal: bool = True
-  out_scale: float = 1.0
-
-  @nn.compact
-  def __call__(
-    self,
-    x_BLD: jax.Array,
-    state: recurrent.RecurrentState | None = None,
-    *,
-    positions: jax.Array,
-    segments: jax.Array,
-    shared: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, recurrent.RecurrentState | None]:
-    """Mixes positions; see the mixer contract in effjax.models.decoder.
-
-    With a state, the tokens of all segments but 0 continue it. `shared` must be None,
-    there are no keys to share.
-    """
-    _linear_heads.check_call("linear_attention", self, state, shared)
-    opts = self.options
-    q_BLHK, k_BLHK, v_BLHK = (
-      _linear_heads.project(self, x_BLD, name, opts.num_heads, opts.head_dim)
-      for name in ("q", "k", "v")
-    )
+  def _features(
+    self, q_BLHK: jax.Array, k_BLHK: jax.Array, positions: jax.Array, decoding: bool
+  ) -> _linear_heads.Features:
+    del decoding
     q_BLHK = feature_maps.elu_plus_one(q_BLHK)
     k_BLHK = feature_maps.elu_plus_one(k_BLHK)
     rotated = None
-    if opts.position == "rope":
-      cos_sin = rope_lib.angles(positions, opts.head_dim, opts.rope_theta)
-      rotated = tuple(rope_lib.rotate(z, *cos_sin) for z in (q_BLHK, k_BLHK))
-    y_BLHK, state = _linear_heads.mix(
-      self, q_BLHK, k_BLHK, v_BLHK, state, segments, rotated=rotated, eps=_EPS
-    )
-    return _linear_heads.output(self, y_BLHK), state
+    if self.options.position == "rope":
+      rotated = self._rotated(q_BLHK, k_BLHK, positions)
+    return _linear_heads.Features(q_BLHK, k_BLHK, rotated)
 
   @nn.nowrap
-  def init_state(
-    self, batch: int, max_len: int, dtype: DTypeLike
-  ) -> recurrent.RecurrentState:
-    """An empty float32 state; its size does not depend on `max_len`."""
-    del max_len, dtype
-    opts = self.options
-    return _linear_heads.init_state(
-      batch, opts.num_heads, opts.head_dim + 1, opts.head_dim
-    )
+  def num_features(self) -> int:
+    """Features of a head."""
+    return self.options.head_dim
 
 
 TECHNIQUE = LinearAttention

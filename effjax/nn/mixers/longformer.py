@@ -24,12 +24,10 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from effjax.core import config, errors
-from effjax.core.shard import shard
 from effjax.nn.caches import kv
 from effjax.nn.mixers import attention
 from effjax.ops.attention import alibi, blockwise, masks, patterns
 from effjax.ops.attention import api as attention_ops
-from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
 
 
@@ -143,7 +141,6 @@ class Longformer(attention.Attention):
       state = LongformerState(local=local, far=far)
     far_BL11 = (places_BL < self.options.num_global)[:, :, None, None]
     y_BLHK = jnp.where(far_BL11, far_BLHK, y_BLHK)
-    y_BLHK = shard(y_BLHK, ("batch", "length", "heads", None))
     return self._output(y_BLHK), state
 
   def _far(
@@ -263,20 +260,6 @@ class Longformer(attention.Attention):
       y_BMHK, cache = nn.cond(jnp.any(used_BL), some, none, self, cache)
     pad = ((0, 0), (0, length - count), (0, 0), (0, 0))
     return jnp.pad(y_BMHK, pad), cache
-
-  def _output(self, y_BLHK: jax.Array) -> jax.Array:
-    opts = self.options
-    out = weight_lib.weight(
-      self,
-      "o",
-      nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
-      (opts.num_heads * opts.head_dim, self.embed_dim),
-      axes=("heads", "embed"),
-      head_dim=opts.head_dim,
-      reads="v",
-    )
-    y_BLD = verbs.contract(y_BLHK.reshape(*y_BLHK.shape[:2], -1), out)
-    return self._biased(y_BLD, "o", "embed")
 
   @nn.nowrap
   def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> LongformerState:

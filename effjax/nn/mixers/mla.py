@@ -288,6 +288,23 @@ class MultiHeadLatentAttention(nn.Module):
       batch, max_len, opts.kv_rank, opts.rope_dim, jnp.dtype(dtype)
     )
 
+  @nn.nowrap
+  def attention_problem(
+    self, batch: int, length: int, dtype: DTypeLike
+  ) -> attention_ops.Problem:
+    """What attention over a batch of whole sequences is, on the device at hand."""
+    opts = self.options
+    qk_shape = (batch, length, opts.num_heads, opts.head_dim + opts.rope_dim)
+    return attention_ops.Problem(
+      **attention_ops.device_facts(),
+      q_shape=qk_shape,
+      k_shape=qk_shape,
+      v_shape=(batch, length, opts.num_heads, opts.value_dim),
+      dtype=dtype,
+      pattern=patterns.Causal() if self.causal else patterns.Full(),
+      segments=True,
+    )
+
 
 def _split(x_BLI: jax.Array, num_heads: int) -> jax.Array:
   """Merged heads `[B, L, H * K]` apart: `[B, L, H, K]`."""

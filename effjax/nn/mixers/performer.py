@@ -24,12 +24,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from effjax.core import config
-from effjax.nn.caches import recurrent
 from effjax.nn.mixers import _linear_heads
-from effjax.ops.attention import rope as rope_lib
 from effjax.ops.linear_attention import feature_maps, random_features
 
 _EPS = 1e-30
@@ -64,60 +61,22 @@ class PerformerOptions:
     config.require(self.seed >= 0, f"seed={self.seed} must be 0 or above")
 
 
-class Performer(nn.Module):
-  """Performer attention, causal or over whole documents.
-
-  Attributes:
-    options: see PerformerOptions.
-    embed_dim: D, width of the model.
-    reads: name of the norm whose output it is given.
-    causal: whether a position sees only itself and the past.
-    out_scale: factor on the initial standard deviation of the output projection.
-  """
+class Performer(_linear_heads.LinearMixer):
+  """Performer attention, causal or over whole documents."""
 
   options_cls = PerformerOptions
+  name_in_messages = "performer"
+  eps = _EPS
 
-  options: PerformerOptions
-  embed_dim: int
-  reads: str = "mixer_norm"
-  causal: bool = True
-  out_scale: float = 1.0
-
-  @nn.compact
-  def __call__(
-    self,
-    x_BLD: jax.Array,
-    state: recurrent.RecurrentState | None = None,
-    *,
-    positions: jax.Array,
-    segments: jax.Array,
-    shared: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, recurrent.RecurrentState | None]:
-    """Mixes positions; see the mixer contract in effjax.models.decoder.
-
-    With a state, the tokens of all segments but 0 continue it. `shared` must be None,
-    there are no keys to share.
-    """
-    _linear_heads.check_call("performer", self, state, shared)
-    opts = self.options
-    q_BLHK, k_BLHK, v_BLHK = (
-      _linear_heads.project(self, x_BLD, name, opts.num_heads, opts.head_dim)
-      for name in ("q", "k", "v")
+  def _features(
+    self, q_BLHK: jax.Array, k_BLHK: jax.Array, positions: jax.Array, decoding: bool
+  ) -> _linear_heads.Features:
+    if self.options.position == "rope":
+      q_BLHK, k_BLHK = self._rotated(q_BLHK, k_BLHK, positions)
+    w_MK = self._random_features(decoding=decoding)
+    return _linear_heads.Features(
+      feature_maps.favor_queries(q_BLHK, w_MK), feature_maps.favor_keys(k_BLHK, w_MK)
     )
-    if opts.position == "rope":
-      cos_sin = rope_lib.angles(positions, opts.head_dim, opts.rope_theta)
-      q_BLHK, k_BLHK = (rope_lib.rotate(z, *cos_sin) for z in (q_BLHK, k_BLHK))
-    w_MK = self._random_features(decoding=state is not None)
-    y_BLHK, state = _linear_heads.mix(
-      self,
-      feature_maps.favor_queries(q_BLHK, w_MK),
-      feature_maps.favor_keys(k_BLHK, w_MK),
-      v_BLHK,
-      state,
-      segments,
-      eps=_EPS,
-    )
-    return _linear_heads.output(self, y_BLHK), state
 
   def _random_features(self, *, decoding: bool) -> jax.Array:
     """Features w_MK of this call: a state holds sums of those it was begun with."""
@@ -130,15 +89,9 @@ class Performer(nn.Module):
     )
 
   @nn.nowrap
-  def init_state(
-    self, batch: int, max_len: int, dtype: DTypeLike
-  ) -> recurrent.RecurrentState:
-    """An empty float32 state; its size does not depend on `max_len`."""
-    del max_len, dtype
-    opts = self.options
-    return _linear_heads.init_state(
-      batch, opts.num_heads, opts.head_dim + 1, opts.num_features
-    )
+  def num_features(self) -> int:
+    """Features of a head."""
+    return self.options.num_features
 
 
 TECHNIQUE = Performer
