@@ -27,8 +27,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Between the two forms in plain XLA, by forward and backward passes on a CPU (causal,
 # heads of 64): up to SHORT tokens holding the scores is faster, from LONG on blocks
 # are; between them, and for patterns, where blocks compute FEWER times fewer pairs.
-SHORT = 512
-LONG = 1024
+SHORT = 1024
+LONG = 2048
 FEWER = 1.5
 
 
@@ -110,7 +110,7 @@ def _choose_xla(problem: Problem, refused: str) -> Choice:
   if max(q_len, kv_len) <= SHORT:
     reason = f"the sequence is short ({q_len} x {kv_len}, at most {SHORT})"
     return Choice("xla", refused + reason)
-  block = blockwise.block_size(q_len, kv_len, problem.platform)
+  block = blockwise.block_size(problem.pattern, q_len, kv_len, problem.platform)
   blocks = blockwise.computed_pairs(q_len, kv_len, problem.pattern, block)
   if problem.positions:
     blocks = max(blocks, whole)

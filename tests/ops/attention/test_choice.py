@@ -86,6 +86,15 @@ def test_plain_xla_by_length_and_by_what_is_skipped():
   assert api.choose(_problem("rocm", length=8192)).name == "blockwise"
 
 
+def test_blocks_are_small_where_little_is_seen():
+  size = functools.partial(blockwise.block_size, q_len=4096, kv_len=4096)
+  sparse = size(pattern=patterns.BigBird(64, causal=True), platform="cpu")
+  assert sparse < size(pattern=patterns.Window(512), platform="cpu")
+  assert size(pattern=patterns.CAUSAL, platform="cpu") == 512
+  assert size(pattern=patterns.CAUSAL, platform="cuda") == 512
+  assert blockwise.block_size(patterns.CAUSAL, 5, 40, "cpu") == 40
+
+
 def test_a_name_is_taken_or_refused():
   problem = _problem("cpu")
   for name in ("xla", "blockwise", "reference"):
@@ -139,7 +148,7 @@ def test_flops_of_a_kernel_are_those_of_blockwise(platform, monkeypatch):
   x = jax.ShapeDtypeStruct((1, 300, 2, 8), jnp.bfloat16)
   ones = jnp.ones((1, 300), jnp.int32)
   call = functools.partial(api.attention, q_segments_BL=ones)
-  block = blockwise.block_size(300, 300, "cpu")
+  block = blockwise.block_size(patterns.CAUSAL, 300, 300, "cpu")
   pairs = blockwise.computed_pairs(300, 300, patterns.CAUSAL, block)
   assert flops.dot_flops(call, x, x, x) == 4 * pairs * 2 * 8
 
