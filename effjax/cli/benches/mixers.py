@@ -2,21 +2,22 @@
 
 One mixer alone, without norms and MLP, at its source's default sizes: forward, and the
 gradients of its parameters and inputs. Softmax attention with the scores held in memory
-is the row all others are compared with. Mixers take turns, so that a slow moment of the
-machine hits all of them; what a form that holds its scores cannot fit is not run, and
+is the row all others are compared with. All mixers at all lengths take turns, round
+after round, and the best of their runs counts: a machine that is slow for minutes would
+otherwise bend the curves. What a form that holds its scores cannot fit is not run, and
 says so by an empty time.
 """
 
 import dataclasses
-import gc
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from rich import console as rich_console
+from rich import progress
 
 from effjax.cli import timing
 from effjax.core import config as core_config
@@ -40,6 +41,7 @@ class _Lane:
   """One mixer at one length while it is being timed."""
 
   name: str
+  length: int
   gradient: Any
   args: tuple[Any, ...]
   temp_bytes: int
@@ -52,14 +54,20 @@ def bench(quick: bool = False) -> timing.Table:
   Args:
     quick: two mixers at tiny lengths, to see that it works; the numbers mean nothing.
   """
-  width, lengths, rounds = (64, (32, 64), 1) if quick else (256, LENGTHS, 5)
+  width, lengths, rounds = (64, (32, 64), 1) if quick else (256, LENGTHS, 6)
   forms = dict(FORMS) | {name: (name, {}) for name in registry.names(_MIXERS)}
   if quick:
     forms = {name: forms[name] for name in (SOFTMAX, "mamba2")}
-  found: dict[tuple[str, int], tuple[float | None, int]] = {}
-  for length in lengths:
-    for name, secs, temp_bytes in _times(forms, width, length, rounds):
-      found[name, length] = (secs, temp_bytes)
+  places = list(itertools.product(lengths, forms.items()))
+  lanes = [
+    _lane(name, *form, width, length)
+    for length, (name, form) in _shown(places, "compiling")
+  ]
+  _time(lanes, rounds)
+  found = {
+    (lane.name, lane.length): (min(lane.secs, default=None), lane.temp_bytes)
+    for lane in lanes
+  }
   rows = [
     _row(found, name, length) for name, length in itertools.product(forms, lengths)
   ]
@@ -67,7 +75,7 @@ def bench(quick: bool = False) -> timing.Table:
     title="forward and backward of one mixer, by length",
     rows=rows,
     notes=[
-      f"width {width}, batch 1, float32; median of up to {rounds} runs, taking turns",
+      f"width {width}, batch 1, float32; best of up to {rounds} runs, taking turns",
       "growth: time over that of half the length; temp_mb: what the compiler reserves",
       f"speedup: over {SOFTMAX!r} at the same length",
       *_crossovers(rows, lengths),
@@ -109,29 +117,25 @@ def _crossovers(rows: list[dict[str, Any]], lengths: tuple[int, ...]) -> Iterato
     yield f"{name}: faster than softmax {where}"
 
 
-def _times(
-  forms: Mapping[str, tuple[str, dict[str, Any]]], width: int, length: int, rounds: int
-) -> list[tuple[str, float | None, int]]:
-  """Name, median seconds (None if it does not fit) and temporary bytes of each."""
-  lanes = [_lane(name, *form, width, length) for name, form in forms.items()]
+def _time(lanes: list[_Lane], rounds: int) -> None:
+  """Lets all lanes run in turn, so many times over, if they fit."""
   timed = [lane for lane in lanes if lane.temp_bytes <= _LIMIT_BYTES]
-  for lane in timed:
-    jax.block_until_ready(lane.gradient(*lane.args))
-  for _ in range(rounds):
-    for lane in timed:
+  for turn in range(rounds):
+    for lane in _shown(timed, f"round {turn + 1} of {rounds}"):
       # A form that takes seconds needs no more than two looks.
       if len(lane.secs) >= 2 and sum(lane.secs) > 4:
         continue
       start = time.perf_counter()
       jax.block_until_ready(lane.gradient(*lane.args))
       lane.secs.append(time.perf_counter() - start)
-  found = [
-    (lane.name, float(np.median(lane.secs)) if lane.secs else None, lane.temp_bytes)
-    for lane in lanes
-  ]
-  del lanes, timed
-  gc.collect()
-  return found
+
+
+def _shown(items: Sequence[Any], text: str) -> Iterable[Any]:
+  """The items, with a bar on stderr that goes away again."""
+  console = rich_console.Console(stderr=True)
+  return progress.track(
+    items, text, console=console, transient=True, refresh_per_second=1
+  )
 
 
 def _lane(
@@ -157,7 +161,8 @@ def _lane(
   )
   args = (init(x_BLD[:, :2]), x_BLD, jnp.ones_like(x_BLD))
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile()
-  return _Lane(name, gradient, args, gradient.memory_analysis().temp_size_in_bytes, [])
+  temp_bytes = gradient.memory_analysis().temp_size_in_bytes
+  return _Lane(name, length, gradient, args, temp_bytes, [])
 
 
 def options(cls: type, width: int, changes: Mapping[str, Any]) -> Any:
