@@ -8,7 +8,7 @@ quantization, magnitude pruning (Han et al. 2015, arXiv:1506.02626). Text: the s
 Python's own standard library, so nothing is downloaded.
 
 Command: effjax run --config configs/quickstart.py
-Expected on two CPU cores: about 6 minutes; the trained row near 1.71 bits per
+Expected on two CPU cores: under 6 minutes; the trained row near 1.71 bits per
 byte, where gzip -9 takes 2.20.
 
 Command: effjax run --config configs/quickstart.py:smoke
