@@ -12,8 +12,8 @@ Expected on two CPU cores: under 6 minutes; the trained row near 1.71 bits per
 byte, where gzip -9 takes 2.20.
 
 Command: effjax run --config configs/quickstart.py:smoke
-Expected: the same recipe at a size that ends in about a minute; its numbers only show
-that everything works.
+Expected: the same recipe at a size that ends in one to two minutes; its numbers only
+show that everything works.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ a mixer spends on itself its MLPs lack. Muon, the same learning rate and number 
 steps for all. `hybrid` is three layers of Mamba-2 and one of attention.
 
 Command: effjax run --config configs/mixers/language.py:attention
-Command for all: python experiments/mixers/run.py language
+Command for all: python experiments/mixers/run.py language --jobs 2
 All run with one seed, then the best five with two more; 440 steps are meant to take
 about 3 minutes a mixer on two idle CPU cores.
 

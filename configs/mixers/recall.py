@@ -12,7 +12,7 @@ fixed value for every key gets 0.9 %. `hybrid` is a layer of Mamba-2 and one of
 attention.
 
 Command: effjax run --config configs/mixers/recall.py:attention
-Command for all: python experiments/mixers/run.py recall
+Command for all: python experiments/mixers/run.py recall --jobs 2
 
 Not run yet for all mixers, and not tuned: whether attention leaves its plateau (until
 then it only knows which values a sequence holds) hangs on batch, rate and order.
@@ -38,10 +38,11 @@ import ml_collections
 from effjax.core import errors
 
 HEADS = {"num_heads": 4, "head_dim": 16}
+ATTENTION = HEADS | {"num_kv_heads": 4, "bias": True}
 # Pattern, and the options of its mixers. The state a layer carries from token to token
 # is a matrix of 16 x 16 a head where the source does not say otherwise.
 MIXERS = {
-  "attention": {"attention": HEADS | {"num_kv_heads": 4}},
+  "attention": {"attention": ATTENTION},
   "mla": {"mla": HEADS | {"value_dim": 16, "rope_dim": 8, "kv_rank": 32}},
   "longformer": {"longformer": HEADS | {"window": 32}},
   "bigbird": {
@@ -58,7 +59,7 @@ MIXERS = {
   "mamba2": {"mamba2": {"head_dim": 16, "state_dim": 16, "chunk": 32}},
   "hybrid": {
     "mamba2": {"head_dim": 16, "state_dim": 16, "chunk": 32},
-    "attention": HEADS | {"num_kv_heads": 4},
+    "attention": ATTENTION,
   },
 }
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
@@ -74,7 +75,7 @@ def get_config(arg: str = "attention") -> ml_collections.ConfigDict:
     "corpus": "mqar",
     "tokenizer": "ids",
     "vocab_size": 256,
-    "options": {"num_pairs": 32, "length": 128, "vocab_size": 256},
+    "options": {"num_pairs": 18, "length": 128, "vocab_size": 256},
     "sequence_length": 128,
     "batch_size": 32,
   }
@@ -84,6 +85,7 @@ def get_config(arg: str = "attention") -> ml_collections.ConfigDict:
     "num_layers": 2,
     "pattern": tuple(MIXERS[arg]),
     "mlp": "none",
+    "embed_std": 0.4,
     "mixer_options": MIXERS[arg],
     "max_len": 128,
   }

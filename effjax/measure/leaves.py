@@ -1,6 +1,5 @@
 """What a ruler asks of a leaf: nested leaves, pruned entries, what is simulated."""
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -79,13 +78,13 @@ def _total(rows: jax.Array) -> int:
   return int(np.asarray(rows).sum(dtype=np.int64))
 
 
-@functools.partial(jax.jit, compiler_options=compiling.ONCE)
+@compiling.jit_once
 def _mask_rows(masks: Mapping[str, list[masked.Masked]]) -> dict[str, list[jax.Array]]:
   count = lambda part: jnp.sum(part.mask(), axis=-1, dtype=jnp.int32)
   return {path: [count(part) for part in parts] for path, parts in masks.items()}
 
 
-@functools.partial(jax.jit, compiler_options=compiling.ONCE)
+@compiling.jit_once
 def _nonzero_rows(flat: Mapping[str, Any]) -> dict[str, jax.Array]:
   count = lambda leaf: jnp.sum(verbs.dense(leaf) != 0, axis=-1, dtype=jnp.int32)
   return {path: count(leaf) for path, leaf in flat.items()}

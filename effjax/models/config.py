@@ -71,6 +71,7 @@ class DecoderConfig:
     runs: how equal layers are scanned; None finds the maximal runs.
     scan: False keeps every layer apart (`layer_<k>/...`), with an unrolled loop.
     tie_embeddings: whether the output head is the embedding.
+    embed_std: standard deviation of the initial embedding.
     max_len: longest sequence the model is meant for (tokens).
     remat: what the backward pass recomputes: "none" nothing, "full" every layer,
       "dots" all but matrix products.
@@ -89,13 +90,14 @@ class DecoderConfig:
   runs: tuple[tuple[int, int], ...] | None = None
   scan: bool = True
   tie_embeddings: bool = True
+  embed_std: float = 0.02
   max_len: int = 2048
   remat: str = "none"
   norm_eps: float = 1e-5
   logit_cap: float | None = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "embed_dim", "max_len"):
+    for name in ("vocab_size", "embed_dim", "embed_std", "max_len"):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
     if self.remat not in REMAT:
       raise errors.unknown("remat", self.remat, REMAT)

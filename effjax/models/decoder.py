@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         positions = positions + state["length_B"][:, None]
     if segments is None:
       segments = jnp.ones(tokens_BL.shape, jnp.int32)
-    table = embed.Embed(cfg.vocab_size, cfg.embed_dim, name="embed")
+    table = embed.Embed(cfg.vocab_size, cfg.embed_dim, cfg.embed_std, name="embed")
     x_BLD = table(tokens_BL, self.precision.dtype)
     x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
     with weight_lib.token_weights((segments > 0).astype(jnp.float32)):

@@ -64,7 +64,7 @@ class Session:
     model = self.plan.model
     init = lambda key: model.init(key, *model.example_inputs())["params"]
     shardings = self.plan.shardings(self.plan.fresh)
-    compiled = jax.jit(init, out_shardings=shardings, compiler_options=compiling.ONCE)
+    compiled = compiling.jit_once(init, out_shardings=shardings)
     return compiled(jax.random.key(self.config.seed))
 
   def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:

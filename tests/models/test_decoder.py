@@ -143,9 +143,10 @@ def test_causal_by_gradient(small):
     ids = jnp.arange(12)[None]
     return jnp.sum(model.apply({"params": changed}, ids)[0][0, 5])
 
-  untied = small_config(tie_embeddings=False)
+  untied = small_config(tie_embeddings=False, embed_std=0.5)
   model = decoder.Decoder(untied)
   params = jax.jit(model.init)(jax.random.key(1), tokens_BL)["params"]
+  assert 0.45 < float(jnp.std(params["embed"]["table"])) < 0.55
   gradient = jax.jit(jax.grad(future))(params["embed"]["table"])
   moved = jnp.any(gradient[:12] != 0, axis=1)
   assert moved.tolist() == [True] * 6 + [False] * 6

@@ -131,8 +131,11 @@ def _time(lanes: list[_Lane], rounds: int) -> None:
 
 
 def _shown(items: Sequence[Any], text: str) -> Iterable[Any]:
-  """The items, with a bar on stderr that goes away again."""
+  """The items, with a bar on stderr that goes away again; in a log, with one line."""
   console = rich_console.Console(stderr=True)
+  if not console.is_terminal:
+    console.print(f"{text}: {len(items)} programs", highlight=False)
+    return items
   return progress.track(
     items, text, console=console, transient=True, refresh_per_second=1
   )

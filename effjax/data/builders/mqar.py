@@ -15,7 +15,7 @@ authors' code puts a random id there and holds the answers apart; each key is as
 once, so an answer tells nothing about another); id 0 starts every sequence, so
 `length` counts what the model reads: the start and all tokens but the last answer. Like
 theirs, training may mix in sequences of fewer pairs (`train_pairs`), here shorter in
-proportion, from which looking up is learned much sooner; validation never does.
+proportion; validation never does.
 
 Shapes: N sequences, P pairs, S places, T ids of a sequence.
 """

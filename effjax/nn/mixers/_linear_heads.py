@@ -1,4 +1,4 @@
-"""What the linear attentions share: their call, projections to heads and back, a state.
+"""What the linear attentions share: projections to heads and back, options, a state.
 
 P is the size of a value head, N the number of features of a head.
 """
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from effjax.core import config, errors
 from effjax.core.shard import shard
 from effjax.nn.caches import recurrent
+from effjax.nn.mixers import _recurrent
 from effjax.ops.attention import rope as rope_lib
 from effjax.ops.linear_attention import api as linear_ops
 from effjax.weights import verbs
@@ -35,51 +36,25 @@ class Features(NamedTuple):
   rotated: tuple[jax.Array, jax.Array] | None = None
 
 
-class LinearMixer(nn.Module):
+class LinearMixer(_recurrent.RecurrentMixer):
   """A linear attention with a normalizer; a subclass gives the features.
 
   Attributes:
     options: of the subclass: num_heads, head_dim, rope_theta and chunk at least.
-    embed_dim: D, width of the model.
-    reads: name of the norm whose output it is given.
-    causal: whether a position sees only itself and the past.
-    out_scale: factor on the initial standard deviation of the output projection.
-    name_in_messages: what errors call it.
     eps: added to the normalizer.
   """
 
-  options: Any
-  embed_dim: int
-  reads: str = "mixer_norm"
-  causal: bool = True
-  out_scale: float = 1.0
-
-  name_in_messages = "linear attention"
+  bidirectional = True
   eps = 0.0
 
-  @nn.compact
-  def __call__(
+  def _mix(
     self,
     x_BLD: jax.Array,
-    state: recurrent.RecurrentState | None = None,
-    *,
+    state: recurrent.RecurrentState | None,
     positions: jax.Array,
     segments: jax.Array,
-    shared: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, recurrent.RecurrentState | None]:
-    """Mixes positions; see the mixer contract in effjax.models.decoder.
-
-    With a state, the tokens of all segments but 0 continue it. `shared` must be None,
-    there are no keys to share.
-
-    Raises:
-      InputError: `shared` is given, or a state to a bidirectional module.
-    """
-    name, opts = self.name_in_messages, self.options
-    if shared is not None:
-      raise errors.InputError(f"{name} has no keys and values to share; use attention")
-    if state is not None and not self.causal:
-      raise errors.InputError(f"bidirectional {name} cannot decode step by step")
+  ) -> _recurrent.Mixed:
+    opts = self.options
     q_BLHK, k_BLHK, v_BLHP = (
       project(self, x_BLD, weight, opts.num_heads, opts.head_dim)
       for weight in ("q", "k", "v")
@@ -91,14 +66,12 @@ class LinearMixer(nn.Module):
       v_BLHP,
       is_causal=self.causal,
       rotated=found.rotated,
-      segments_BL=segments if state is None else (segments > 0).astype(jnp.int32),
-      initial_state_BHPN=None if state is None else state.memory,
+      segments_BL=segments,
+      initial_state_BHPN=_recurrent.memory(state),
       chunk=opts.chunk,
       eps=self.eps,
     )
-    if state is not None:
-      state = recurrent.grown(state, memory_BHPN, {}, segments > 0)
-    return output(self, y_BLHP), state
+    return output(self, y_BLHP), memory_BHPN, {}
 
   def _features(
     self, q_BLHK: jax.Array, k_BLHK: jax.Array, positions: jax.Array, decoding: bool

@@ -1,7 +1,7 @@
-"""What the causal recurrent mixers share: contract, projections, convolutions.
+"""What the recurrent mixers share: contract, projections, convolutions.
 
-A subclass sets `options_cls`, computes the recurrence in `_mix` and says in
-`init_state` what it remembers. H heads, I merged channels.
+A subclass sets `options_cls` (and `bidirectional`, if it is), computes the recurrence
+in `_mix` and says in `init_state` what it remembers. H heads, I merged channels.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,14 @@ Mixed = tuple[jax.Array, Any, Mapping[str, jax.Array]]
 
 
 class RecurrentMixer(nn.Module):
-  """A mixer that is causal by construction.
+  """A mixer that remembers the past in a state of fixed size.
 
   Attributes:
     options: an `options_cls` of the subclass.
     embed_dim: D, width of the model.
     reads: name of the norm whose output it is given.
-    causal: must be True.
+    causal: whether a position sees only itself and the past; must be True unless the
+      subclass is `bidirectional`.
     out_scale: factor on the initial standard deviation of the output projection.
   """
 
@@ -38,6 +39,8 @@ class RecurrentMixer(nn.Module):
   reads: str = "mixer_norm"
   causal: bool = True
   out_scale: float = 1.0
+
+  bidirectional = False
 
   @nn.compact
   def __call__(
@@ -53,12 +56,18 @@ class RecurrentMixer(nn.Module):
 
     With a state, the tokens of all segments but 0 continue it. `shared` must be None:
     there are no keys and values of full length to share.
+
+    Raises:
+      InputError: `shared` is given, a module that cannot be is not causal, or a
+        bidirectional one gets a state.
     """
     name = type(self).__module__.rpartition(".")[2]
     if shared is not None:
       raise errors.InputError(f"{name} has no keys and values to share; use attention")
-    if not self.causal:
+    if not self.causal and not self.bidirectional:
       raise errors.InputError(f"{name} is causal; use attention in an encoder")
+    if not self.causal and state is not None:
+      raise errors.InputError(f"bidirectional {name} cannot decode step by step")
     if state is not None:
       segments = (segments > 0).astype(jnp.int32)
     y_BLD, memory, conv = self._mix(x_BLD, state, positions, segments)

@@ -47,7 +47,6 @@ class LinearAttention(_linear_heads.LinearMixer):
   """Linear attention, causal or over whole documents."""
 
   options_cls = LinearAttentionOptions
-  name_in_messages = "linear_attention"
   eps = _EPS
 
   def _features(

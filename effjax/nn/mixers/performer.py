@@ -65,7 +65,6 @@ class Performer(_linear_heads.LinearMixer):
   """Performer attention, causal or over whole documents."""
 
   options_cls = PerformerOptions
-  name_in_messages = "performer"
   eps = _EPS
 
   def _features(

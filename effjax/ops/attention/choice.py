@@ -26,8 +26,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 # Between the two forms in plain XLA, by forward and backward passes on a CPU (causal,
 # heads of 64): up to SHORT tokens holding the scores is faster. From LONG on blocks
-# take about as long (0.7 to 1.1 times) in a small part of the memory. Between them, and
-# for patterns, blocks are taken where they compute FEWER times fewer pairs.
+# take about as long (0.66 to 1.14 times) in a small part of the memory. Between them,
+# and for patterns, blocks are taken where they compute FEWER times fewer pairs.
 SHORT = 1024
 LONG = 2048
 FEWER = 1.5
