@@ -17,7 +17,7 @@ from effjax.core import tree as tree_lib
 
 # Axes with one instance in the whole model; every other axis belongs to its layer.
 GLOBAL_AXES = frozenset({"embed", "vocab", "embedding"})
-KINDS = ("matrix", "embedding", "conv", "norm", "bias", "ssm")
+KINDS = ("matrix", "embedding", "conv", "norm", "bias", "ssm", "router", "balance")
 
 _recording: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
   "recording", default=None

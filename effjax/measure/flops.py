@@ -6,7 +6,8 @@ as cheap as one of its layers. Here a product of `[.., m, k]` and `[.., k, n]` c
 for each multiply-add, and a loop body as often as it runs. Elementwise work is not
 counted. Of the branches of a `cond` the most expensive one counts, but for attention
 that skips more where every row is one document: it counts as for such rows. Attention
-by a kernel of an accelerator counts as `effjax.ops.attention.blockwise`.
+by a kernel of an accelerator counts as `effjax.ops.attention.blockwise`, products of
+experts as for even groups.
 
 Every product is also credited to the parameter it multiplies by, found by following
 values that depend on one parameter and on nothing else (dequantized, masked, sliced,
@@ -25,9 +26,9 @@ import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
+from effjax.core import counting
 from effjax.core import tree as tree_lib
 from effjax.measure import leaves
-from effjax.ops.attention import api as attention_ops
 from effjax.ops.attention import blockwise
 
 # What a value depends on: nothing (a constant), one parameter (its path), or more.
@@ -121,7 +122,7 @@ def _count(
 
 def _trace(fn: Callable[..., Any], *args: Any) -> Any:
   """The jaxpr of `fn`, without what its results do not need."""
-  with attention_ops.traceable():
+  with counting.counting():
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 

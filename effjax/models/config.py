@@ -1,6 +1,7 @@
 """The config of a decoder: a short form that expands to one config per layer."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -64,7 +65,10 @@ class DecoderConfig:
     embed_dim: D, width of the residual stream.
     num_layers: number of layers.
     pattern: mixers by name, repeated over the depth.
-    mlp: MLP of every layer.
+    mlp: MLP of every layer, unless `mlp_pattern` names several.
+    mlp_pattern: MLPs by name, repeated over the depth, such as ("swiglu", "moe") for
+      experts in every second layer.
+    first_mlps: MLPs of the first layers, before the pattern begins.
     mixer_options: options of each mixer, by its name.
     mlp_options: options of each MLP, by its name.
     layers: one config a layer; empty to expand the short form.
@@ -84,6 +88,8 @@ class DecoderConfig:
   num_layers: int = 0
   pattern: tuple[str, ...] = ("attention",)
   mlp: str = "swiglu"
+  mlp_pattern: tuple[str, ...] = ()
+  first_mlps: tuple[str, ...] = ()
   mixer_options: dict[str, dict] = dataclasses.field(default_factory=dict)
   mlp_options: dict[str, dict] = dataclasses.field(default_factory=dict)
   layers: tuple[LayerConfig, ...] = ()
@@ -104,12 +110,33 @@ class DecoderConfig:
     config.require(bool(self.pattern), "pattern must name at least one mixer")
     if not self.layers:
       config.require(self.num_layers > 0, "num_layers must be positive")
+      config.require(
+        len(self.first_mlps) <= self.num_layers,
+        f"first_mlps names {len(self.first_mlps)} MLPs, the model has "
+        f"{self.num_layers} layers",
+      )
       layers = expand(
-        self.pattern, self.num_layers, self.mlp, self.mixer_options, self.mlp_options
+        self.pattern,
+        self._mlps(),
+        self.mixer_options,
+        self.mlp_options,
       )
       object.__setattr__(self, "layers", layers)
     object.__setattr__(self, "num_layers", len(self.layers))
     check_layers(self.layers, self.embed_dim, self.runs)
+    for layer in self.layers:
+      if getattr(layer.build_mlp_options(), "sees_future", False):
+        raise errors.InputError(
+          "moe router='expert_choice' in a causal decoder lets tokens depend on those "
+          "that follow; use 'top_k', 'switch' or 'sigmoid', or ask for it by "
+          "leak_future=True"
+        )
+
+  def _mlps(self) -> tuple[str, ...]:
+    """The MLP of each layer, by name."""
+    repeated = self.mlp_pattern or (self.mlp,)
+    rest = range(self.num_layers - len(self.first_mlps))
+    return (*self.first_mlps, *(repeated[i % len(repeated)] for i in rest))
 
   def __hash__(self) -> int:
     return hash(json.dumps(config.to_dict(self), sort_keys=True))
@@ -127,12 +154,16 @@ class DecoderConfig:
 
 def expand(
   pattern: tuple[str, ...],
-  num_layers: int,
-  mlp: str,
+  mlps: tuple[str, ...],
   mixer_options: Mapping[str, dict],
   mlp_options: Mapping[str, dict],
 ) -> tuple[LayerConfig, ...]:
   """One config a layer from the short form; see DecoderConfig.
+
+  Args:
+    pattern: mixers, repeated over the depth.
+    mlps: the MLP of each layer.
+    mixer_options, mlp_options: options by name.
 
   Raises:
     InputError: a name that is not a mixer or MLP, or a mistake in its options.
@@ -152,7 +183,7 @@ def expand(
       mixer_options=mixer_options.get(mixer, {}),
       mlp_options=mlp_options.get(mlp, {}),
     )
-    for mixer in (pattern[i % len(pattern)] for i in range(num_layers))
+    for mixer, mlp in zip(itertools.cycle(pattern), mlps, strict=False)
   )
 
 

@@ -6,7 +6,8 @@ The mixer contract, kept by every module in effjax.nn.mixers:
 possibly packed, sequences: tokens of different segments do not meet. With a state it
 continues it: prompts are padded on the right, padding is segment 0 and never changes a
 state, and prefill followed by single steps equals the parallel form. The state carries
-`length_B`, the tokens each row has seen.
+`length_B`, the tokens each row has seen. MLPs, in effjax.nn.mlps, are `mlp(x_BLD,
+valid_BL)`; padding is not valid.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ class Layer(nn.Module):
     )
     x_BLD = shard(x_BLD + y_BLD, ("batch", "length", "embed_act"))
     if self.config.mlp != "none":
-      x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD))
+      x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), segments > 0)
       x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
     return x_BLD, state
 

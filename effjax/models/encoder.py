@@ -80,7 +80,7 @@ class EncoderLayer(nn.Module):
     x_BLD = self._normalized(x_BLD + y_BLD, "mixer_norm")
     if self.config.mlp != "none":
       h_BLD = self.mlp_norm(x_BLD) if self.pre_norm else x_BLD
-      x_BLD = self._normalized(x_BLD + self.mlp(h_BLD), "mlp_norm")
+      x_BLD = self._normalized(x_BLD + self.mlp(h_BLD, segments > 0), "mlp_norm")
     return x_BLD, state
 
   def _normalized(self, x_BLD: jax.Array, name: str) -> jax.Array:

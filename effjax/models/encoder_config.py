@@ -121,8 +121,7 @@ class EncoderConfig:
     mixers = dict.fromkeys(self.pattern)
     layers = config_lib.expand(
       self.pattern,
-      self.num_layers,
-      self.mlp,
+      (self.mlp,) * self.num_layers,
       self.mixer_options | {name: self._mixer_defaults(name) for name in mixers},
       self.mlp_options | self._mlp_defaults(),
     )

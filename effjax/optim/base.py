@@ -17,7 +17,7 @@ from effjax.core import config
 from effjax.core import specs as specs_lib
 
 Schedule = Callable[[Any], Any]
-DECAYED_KINDS = frozenset({"matrix", "embedding", "conv"})
+DECAYED_KINDS = frozenset({"matrix", "embedding", "conv", "router"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def map_with_specs(
 def decay_mask(specs: Mapping[str, Any], decay_embedding: bool = True) -> Any:
   """The optax prefix mask of the parameters that weight decay applies to.
 
-  Matrices, convolutions and (if asked for) embeddings decay; norms, biases and the
-  parameters of a state space model's recurrence never do.
+  Matrices, convolutions, routers and (if asked for) embeddings decay; norms, biases
+  and the parameters of a state space model's recurrence never do.
   """
   kinds = DECAYED_KINDS if decay_embedding else DECAYED_KINDS - {"embedding"}
   return jax.tree.map(lambda spec: spec.kind in kinds, specs)

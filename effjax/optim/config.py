@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
 from effjax.core import config as config_lib
@@ -25,6 +26,8 @@ class OptimizerConfig:
     schedule_options: fields of the schedule's options.
     options: fields of the optimizer's options.
     clip_norm: largest global norm of the gradients, or None to leave them alone.
+    balance_rate: step of the biases that balance experts without a loss, whatever the
+      optimizer and its schedule.
 
   Raises:
     InputError: a name, an option or a range is wrong.
@@ -36,6 +39,7 @@ class OptimizerConfig:
   schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   clip_norm: float | None = 1.0
+  balance_rate: float = 1e-3
 
   def __post_init__(self):
     config_lib.require(
@@ -45,6 +49,10 @@ class OptimizerConfig:
     config_lib.require(
       self.clip_norm is None or self.clip_norm > 0,
       f"clip_norm must be positive or None, got {self.clip_norm}",
+    )
+    config_lib.require(
+      self.balance_rate >= 0,
+      f"balance_rate must not be negative, got {self.balance_rate}",
     )
     _optimizer(self).options(self.options)
     _schedule(self).options(self.schedule_options)
@@ -68,7 +76,7 @@ def build(
   num_steps: int,
   masks: Mapping[str, Any] | None = None,
 ) -> tuple[optax.GradientTransformation, base.Schedule]:
-  """The whole update rule: clip, optimizer with its schedule, masks.
+  """The whole update rule: clip, optimizer with its schedule, balancing, masks.
 
   Args:
     config: validated config.
@@ -88,9 +96,23 @@ def build(
   tx = technique.make(rate, specs, technique.options(config.options))
   if config.clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+  tx = _balancing(config.balance_rate, specs, tx)
   if masks is not None:
     tx = masking.keep_masks(masks, tx)
   return tx, rate
+
+
+def _balancing(
+  rate: float, specs: Mapping[str, Any], tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`tx`, but for parameters of kind "balance": they step by the sign alone."""
+  labels = jax.tree.map(
+    lambda spec: "balance" if spec.kind == "balance" else "rest", specs
+  )
+  if "balance" not in jax.tree.leaves(labels):
+    return tx
+  sign = optax.chain(optax.scale_by_sign(), optax.scale(-rate))
+  return optax.partition({"rest": tx, "balance": sign}, labels)
 
 
 def _optimizer(config: OptimizerConfig) -> base.OptimizerTechnique:

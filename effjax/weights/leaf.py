@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from effjax.ops.conv import api as conv_ops
 from effjax.ops.matmul import contract as contract_ops
+from effjax.ops.moe import grouped
 
 
 class Leaf:
@@ -63,9 +64,11 @@ class Leaf:
     """See weights.verbs.lookup."""
     return jnp.take(self.dense(), ids, axis=0)
 
-  def grouped_contract(self, x_TD: jax.Array, group_sizes: jax.Array) -> jax.Array:
+  def grouped_contract(
+    self, x: jax.Array, group_sizes: jax.Array | None = None
+  ) -> jax.Array:
     """See weights.verbs.grouped_contract."""
-    return grouped_contract_dense(x_TD, self.dense(), group_sizes)
+    return grouped_contract_dense(x, self.dense(), group_sizes)
 
   def conv(self, x: jax.Array, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
     """See weights.verbs.conv."""
@@ -105,7 +108,10 @@ def contract_dense(x: jax.Array, w: jax.Array, *, transpose: bool) -> jax.Array:
 
 
 def grouped_contract_dense(
-  x_TD: jax.Array, w_EDF: jax.Array, group_sizes: jax.Array
+  x: jax.Array, w_EDF: jax.Array, group_sizes: jax.Array | None
 ) -> jax.Array:
-  """`grouped_contract` for a plain array."""
-  return jax.lax.ragged_dot(x_TD, w_EDF.astype(x_TD.dtype), group_sizes)
+  """`grouped_contract` for a plain array: in the dtype of x, whatever the weight's."""
+  w_EDF = w_EDF.astype(x.dtype)
+  if group_sizes is None:
+    return jax.vmap(contract_ops.contract)(x, w_EDF)
+  return grouped.grouped_matmul(x, w_EDF, group_sizes)

@@ -37,18 +37,21 @@ def lookup(w: Any, ids: jax.Array) -> jax.Array:
   return jnp.take(leaf, ids, axis=0)
 
 
-def grouped_contract(x_TD: jax.Array, w: Any, group_sizes: jax.Array) -> jax.Array:
-  """Rows of x, sorted by expert, each with its expert's matrix: `[T, D] -> [T, F]`.
+def grouped_contract(
+  x: jax.Array, w: Any, group_sizes: jax.Array | None = None
+) -> jax.Array:
+  """Rows of x, each with its expert's matrix: `[T, D] -> [T, F]` or `[E, C, D] -> ...`.
 
   Args:
-    x_TD: activations of all experts, one after the other.
+    x: activations of all experts, one after the other, `[T, D]`; without group sizes
+      as many rows for each, `[E, C, D]`.
     w: stacked expert matrices `[E, D, F]`.
     group_sizes: rows of each expert, `[E]` int32; rows past their sum give zeros.
   """
-  leaf = _observed(x_TD, w)
+  leaf = _observed(x, w)
   if leaf_lib.is_leaf_kind(leaf):
-    return leaf.grouped_contract(x_TD, group_sizes)
-  return leaf_lib.grouped_contract_dense(x_TD, leaf, group_sizes)
+    return leaf.grouped_contract(x, group_sizes)
+  return leaf_lib.grouped_contract_dense(x, leaf, group_sizes)
 
 
 def conv(x: jax.Array, w: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,13 @@ from tests.models.conftest import small_config
 
 @pytest.fixture(scope="module")
 def small():
-  model = decoder.Decoder(small_config(num_layers=2))
+  # The second layer has experts: stacked leaves that every transform handles.
+  config = small_config(
+    num_layers=2,
+    mlp_pattern=("swiglu", "moe"),
+    mlp_options={"moe": {"num_experts": 3, "hidden_dim": 32, "router": "sigmoid"}},
+  )
+  model = decoder.Decoder(config)
   tokens_BL = jax.random.randint(jax.random.key(0), (2, 8), 0, 64)
   params = jax.jit(model.init)(jax.random.key(1), tokens_BL)["params"]
   return model, params, specs.specs(model), tokens_BL

@@ -65,8 +65,9 @@ class Gelu(nn.Module):
   out_scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """`[B, L, D] -> [B, L, D]`."""
+  def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> jax.Array:
+    """`[B, L, D] -> [B, L, D]`; every token by itself, whether valid or not."""
+    del valid_BL
     hidden = self.options.width(self.embed_dim)
     h_BLF = self._project(x_BLD, "up", ("embed", "mlp"), hidden, self.reads, 1.0)
     h_BLF = shard(h_BLF, ("batch", "length", "mlp"))

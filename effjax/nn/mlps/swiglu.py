@@ -54,8 +54,9 @@ class SwiGLU(nn.Module):
   out_scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """`[B, L, D] -> [B, L, D]`."""
+  def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> jax.Array:
+    """`[B, L, D] -> [B, L, D]`; every token by itself, whether valid or not."""
+    del valid_BL
     shape = (self.embed_dim, self.options.width(self.embed_dim))
     init = nn.initializers.lecun_normal()
     axes = ("embed", "mlp")

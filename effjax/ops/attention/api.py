@@ -4,13 +4,9 @@
 `cached_attention` and `decode_attention` are for queries over a cache.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import jax
 
-from effjax.core import errors, shard
+from effjax.core import counting, errors, shard
 from effjax.ops.attention import (
   blockwise,
   choice,
@@ -31,10 +27,6 @@ IMPLEMENTATIONS = {
 }
 NAMES = ("auto", *IMPLEMENTATIONS)
 _KERNELS = ("splash", "cudnn")
-
-_traceable: contextvars.ContextVar[bool] = contextvars.ContextVar(
-  "traceable", default=False
-)
 
 Problem = choice.Problem
 choose = choice.choose
@@ -99,7 +91,8 @@ def attention(
     logit_cap=logit_cap is not None,
   )
   name = explain(implementation, problem).name
-  if _traceable.get() and name in _KERNELS:
+  # A trace shows no products of a kernel.
+  if counting.active() and name in _KERNELS:
     name = "blockwise"
   return IMPLEMENTATIONS[name](
     q_BLHK,
@@ -128,16 +121,6 @@ def explain(implementation: str, problem: choice.Problem) -> choice.Choice:
   if why is not None:
     raise errors.InputError(f"attention implementation={implementation!r}: {why}")
   return choice.Choice(implementation, "it is asked for")
-
-
-@contextlib.contextmanager
-def traceable() -> Iterator[None]:
-  """While open, `blockwise` stands in for kernels, whose products no trace shows."""
-  token = _traceable.set(True)
-  try:
-    yield
-  finally:
-    _traceable.reset(token)
 
 
 def device_facts() -> dict[str, object]:

@@ -1,0 +1,377 @@
+"""Mixture of experts: many gated MLPs, of which each token uses a few.
+
+Sources: the routers and dispatches of `effjax.ops.moe`, which see; shared experts and
+experts cut finer than an MLP (`hidden_dim`) are DeepSeekMoE's, Dai et al. 2024,
+arXiv:2401.06066, section 3. Experts are SwiGLUs without biases, as in Mixtral; the
+shared ones are one SwiGLU of their summed width, which is the same function.
+Deviations: router jitter multiplies the router's input alone (Fedus et al. 2021,
+section 2.4, multiply what the experts see, too).
+
+In training the module writes `losses` (balancing and z-loss, scaled) and `metrics`
+(load, entropy, dropped share). Loss-free balancing needs no collection: the gradient of
+the bias is set to each expert's excess load, and the optimizer moves biases of the kind
+"balance" by the sign of it (see optim.config).
+
+Letters: F hidden units of an expert, N rows of all experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from effjax.core import config, errors
+from effjax.core.shard import shard
+from effjax.nn.mlps import swiglu
+from effjax.ops.moe import dispatch, routing
+from effjax.weights import verbs
+from effjax.weights import weight as weight_lib
+
+ROUTERS = ("top_k", "switch", "sigmoid", "expert_choice")
+DISPATCHES = ("dropless", "capacity", "dense")
+
+# All experts on rows `[N, D]` in groups of the given sizes, or `[E, C, D]` without.
+ExpertFn = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEOptions:
+  """Options of a mixture of experts.
+
+  Attributes:
+    num_experts: E, routed experts.
+    top_k: experts a token uses; ignored by "switch" (1).
+    hidden_dim: F, hidden units of one expert; None for a SwiGLU's default.
+    num_shared: experts every token uses, beside the routed ones.
+    router: "top_k" (softmax), "switch" (its best one, not renormalized), "sigmoid"
+      (with a bias that balances the load), or "expert_choice" (experts take tokens).
+    renormalize: whether the weights of a token sum to 1; ignored by "switch" and
+      "expert_choice".
+    routed_scale: factor of the weights of "sigmoid" (2.5 in DeepSeek-V3).
+    num_groups: groups of experts for "sigmoid"; a token uses experts of `top_groups`.
+    top_groups: groups a token uses experts of.
+    dispatch: "dropless", "capacity" (what does not fit is dropped) or "dense" (all
+      experts for all tokens: the reference, for tests).
+    capacity_factor: rows of an expert over an even share, in training; also the tokens
+      that each expert takes in expert choice.
+    eval_capacity_factor: the same, elsewhere.
+    balancing_loss: weight of the balancing loss (0.01 in Switch).
+    z_loss: weight of the router's z-loss (0.001 in ST-MoE).
+    jitter: the router's input is multiplied by noise in 1 - jitter to 1 + jitter while
+      training.
+    leak_future: allows expert choice in a causal model, where which tokens an expert
+      takes depends on those that follow.
+  """
+
+  num_experts: int = 8
+  top_k: int = 2
+  hidden_dim: int | None = None
+  num_shared: int = 0
+  router: str = "top_k"
+  renormalize: bool = True
+  routed_scale: float = 1.0
+  num_groups: int = 1
+  top_groups: int = 1
+  dispatch: str = "dropless"
+  capacity_factor: float = 1.25
+  eval_capacity_factor: float = 2.0
+  balancing_loss: float = 0.01
+  z_loss: float = 0.0
+  jitter: float = 0.0
+  leak_future: bool = False
+
+  def __post_init__(self):
+    for name in ("num_experts", "top_k", "hidden_dim", "num_groups", "top_groups"):
+      value = getattr(self, name)
+      config.require(
+        value is None or value > 0, f"moe {name} must be positive, got {value}"
+      )
+    for name in ("num_shared", "balancing_loss", "z_loss"):
+      value = getattr(self, name)
+      config.require(value >= 0, f"moe {name} must not be negative, got {value}")
+    for name in ("capacity_factor", "eval_capacity_factor", "routed_scale"):
+      value = getattr(self, name)
+      config.require(value > 0, f"moe {name} must be positive, got {value}")
+    config.require(
+      0 <= self.jitter < 1, f"moe jitter must be from 0 to below 1, got {self.jitter}"
+    )
+    for name, allowed in (("router", ROUTERS), ("dispatch", DISPATCHES)):
+      if getattr(self, name) not in allowed:
+        raise errors.unknown(f"moe {name}", getattr(self, name), allowed)
+    config.require(
+      self.k <= self.num_experts,
+      f"moe top_k={self.top_k} must not exceed num_experts={self.num_experts}",
+    )
+    self._check_groups()
+
+  def _check_groups(self) -> None:
+    if self.num_groups == 1:
+      return
+    config.require(
+      self.router == "sigmoid", "moe num_groups above 1 needs router='sigmoid'"
+    )
+    size, rest = divmod(self.num_experts, self.num_groups)
+    config.require(
+      not rest and size >= 2,
+      f"moe num_groups={self.num_groups} must divide num_experts={self.num_experts} "
+      "into groups of at least 2",
+    )
+    config.require(
+      self.top_groups <= self.num_groups and self.k <= self.top_groups * size,
+      f"moe top_groups={self.top_groups} must not exceed num_groups="
+      f"{self.num_groups} and must hold top_k={self.top_k} experts",
+    )
+
+  @property
+  def k(self) -> int:
+    """Experts a token uses."""
+    return 1 if self.router == "switch" else self.top_k
+
+  @property
+  def sees_future(self) -> bool:
+    """Whether it must be refused in a causal model."""
+    return self.router == "expert_choice" and not self.leak_future
+
+  def width(self, embed_dim: int) -> int:
+    """Hidden units of an expert in a model of width `embed_dim`."""
+    return swiglu.SwiGLUOptions(hidden_dim=self.hidden_dim).width(embed_dim)
+
+
+class MoE(nn.Module):
+  """Mixture of experts.
+
+  Attributes:
+    options: see MoEOptions.
+    embed_dim: D, width of the model.
+    reads: name of the norm whose output it is given.
+    out_scale: factor on the initial standard deviation of the output projections.
+  """
+
+  options_cls = MoEOptions
+
+  options: MoEOptions
+  embed_dim: int
+  reads: str = "mlp_norm"
+  out_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> jax.Array:
+    """`[B, L, D] -> [B, L, D]`; padding (not valid) is not routed and gives zeros.
+
+    Raises:
+      InputError: the capacity of expert choice exceeds the tokens there are.
+    """
+    opts = self.options
+    x_TD = x_BLD.reshape(-1, self.embed_dim)
+    valid_T = jnp.ones(len(x_TD), bool) if valid_BL is None else valid_BL.reshape(-1)
+    expert_fn = functools.partial(_swiglu, self._experts())
+    logits_TE = self._logits(x_TD)
+    choice = (
+      self._expert_choice if opts.router == "expert_choice" else self._token_choice
+    )
+    y_TD = choice(x_TD, logits_TE, valid_T, expert_fn)
+    y_BLD = y_TD.reshape(x_BLD.shape)
+    if opts.num_shared:
+      shared = swiglu.SwiGLUOptions(
+        hidden_dim=opts.num_shared * opts.width(self.embed_dim)
+      )
+      y_BLD += swiglu.SwiGLU(
+        shared, self.embed_dim, self.reads, self.out_scale, name="shared"
+      )(x_BLD, valid_BL)
+    return y_BLD
+
+  def _experts(self) -> dict[str, weight_lib.Weight]:
+    opts = self.options
+    size = (opts.num_experts, self.embed_dim, opts.width(self.embed_dim))
+    axes = ("experts", "embed", "mlp")
+    init = nn.initializers.lecun_normal(batch_axis=(0,))
+    down_init = nn.initializers.variance_scaling(
+      self.out_scale**2, "fan_in", "normal", batch_axis=(0,)
+    )
+    return {
+      "gate": weight_lib.weight(self, "gate", init, size, axes=axes, reads=self.reads),
+      "up": weight_lib.weight(self, "up", init, size, axes=axes, reads=self.reads),
+      "down": weight_lib.weight(
+        self,
+        "down",
+        down_init,
+        (size[0], size[2], size[1]),
+        axes=("experts", "mlp", "embed"),
+        reads="up",
+      ),
+    }
+
+  def _logits(self, x_TD: jax.Array) -> jax.Array:
+    """The router's, in float32: rounding would change close choices."""
+    opts = self.options
+    router = weight_lib.weight(
+      self,
+      "router",
+      nn.initializers.lecun_normal(),
+      (self.embed_dim, opts.num_experts),
+      axes=("embed", "experts"),
+      kind="router",
+      reads=self.reads,
+    )
+    x_TD = x_TD.astype(jnp.float32)
+    if opts.jitter and self._training:
+      low, high = 1 - opts.jitter, 1 + opts.jitter
+      x_TD *= jax.random.uniform(
+        self.make_rng("dropout"), x_TD.shape, minval=low, maxval=high
+      )
+    return verbs.contract(x_TD, router)
+
+  def _token_choice(
+    self,
+    x_TD: jax.Array,
+    logits_TE: jax.Array,
+    valid_T: jax.Array,
+    expert_fn: ExpertFn,
+  ) -> jax.Array:
+    """Every token goes to the experts it chose."""
+    opts = self.options
+    routed = self._route(logits_TE, valid_T)
+    counts_E = routing.counts(routed.experts_TK, opts.num_experts, valid_T)
+    dropped = jnp.float32(0)
+    if opts.dispatch == "dense":
+      weights_TK = routed.weights_TK * valid_T[:, None]
+      routed = routed._replace(weights_TK=weights_TK)
+      all_valid_ET = jnp.broadcast_to(valid_T[None], (opts.num_experts, len(x_TD)))
+      with weight_lib.token_weights(all_valid_ET.astype(jnp.float32)):
+        y_TD = dispatch.all_experts(x_TD, routed, opts.num_experts, expert_fn)
+    elif opts.dispatch == "dropless":
+      places = dispatch.sorted_places(routed.experts_TK, opts.num_experts, valid_T)
+      y_TD = _through_rows(x_TD, routed, places, expert_fn)
+    else:
+      capacity = self._capacity(len(x_TD))
+      places = dispatch.capacity_places(
+        routed.experts_TK, opts.num_experts, capacity, valid_T
+      )
+      shape = (opts.num_experts, capacity)
+      y_TD = _through_rows(x_TD, routed, places, expert_fn, shape)
+      kept = jnp.sum(places.pair_of_row_N < routed.experts_TK.size)
+      dropped = 1 - kept / jnp.maximum(jnp.sum(counts_E), 1)
+    self._write(logits_TE, routed.probabilities_TE, counts_E, valid_T, dropped)
+    return y_TD
+
+  def _expert_choice(
+    self,
+    x_TD: jax.Array,
+    logits_TE: jax.Array,
+    valid_T: jax.Array,
+    expert_fn: ExpertFn,
+  ) -> jax.Array:
+    """Every expert takes its best tokens."""
+    chosen = routing.expert_choice(logits_TE, self._capacity(len(x_TD)), valid_T)
+    held_EC = (chosen.weights_EC > 0).astype(jnp.float32)
+    with weight_lib.token_weights(held_EC):
+      y_TD = dispatch.chosen_tokens(x_TD, chosen, expert_fn)
+    used_T = jnp.zeros(len(x_TD)).at[chosen.tokens_EC].max(held_EC)
+    dropped = 1 - jnp.sum(used_T) / jnp.maximum(jnp.sum(valid_T), 1)
+    counts_E = jnp.sum(held_EC, axis=1)
+    self._write(logits_TE, chosen.probabilities_TE, counts_E, valid_T, dropped)
+    return y_TD
+
+  def _route(self, logits_TE: jax.Array, valid_T: jax.Array) -> routing.Routing:
+    opts = self.options
+    if opts.router == "switch":
+      return routing.switch(logits_TE)
+    if opts.router == "top_k":
+      return routing.top_k(logits_TE, opts.k, renormalize=opts.renormalize)
+    bias = weight_lib.weight(
+      self,
+      "balance",
+      nn.initializers.zeros,
+      (opts.num_experts,),
+      axes=("experts",),
+      kind="balance",
+    )
+    bias_E = verbs.dense(bias)
+    routed = routing.sigmoid(
+      logits_TE,
+      bias_E,
+      opts.k,
+      renormalize=opts.renormalize,
+      scale=opts.routed_scale,
+      num_groups=opts.num_groups,
+      top_groups=opts.top_groups,
+    )
+    if self.is_mutable_collection("losses"):
+      counts_E = routing.counts(routed.experts_TK, opts.num_experts, valid_T)
+      self._add("losses", "balance", routing.balancing_gradient(bias_E, counts_E))
+    return routed
+
+  def _capacity(self, num_tokens: int) -> int:
+    opts = self.options
+    factor = opts.capacity_factor if self._training else opts.eval_capacity_factor
+    return dispatch.rows_of_capacity(num_tokens, opts.k, opts.num_experts, factor)
+
+  @property
+  def _training(self) -> bool:
+    """Whether there is a stream of noise, as in training."""
+    return self.has_rng("dropout") and not self.is_initializing()
+
+  def _write(
+    self,
+    logits_TE: jax.Array,
+    probabilities_TE: jax.Array,
+    counts_E: jax.Array,
+    valid_T: jax.Array,
+    dropped: jax.Array,
+  ) -> None:
+    """Losses and metrics, where somebody collects them."""
+    opts = self.options
+    if self.is_mutable_collection("losses"):
+      if opts.balancing_loss and opts.router != "expert_choice":
+        loss = routing.balancing_loss(probabilities_TE, counts_E, valid_T)
+        self._add("losses", "balancing", opts.balancing_loss * loss)
+      if opts.z_loss:
+        loss = opts.z_loss * routing.z_loss(logits_TE, valid_T)
+        self._add("losses", "z", loss)
+    if self.is_mutable_collection("metrics"):
+      found = routing.metrics(probabilities_TE, counts_E, valid_T)
+      for name, value in (found | {"router_dropped": dropped}).items():
+        self._add("metrics", name, value)
+
+  def _add(self, collection: str, name: str, value: jax.Array) -> None:
+    # Shared layers run several times a step; what they say adds up or is the last word.
+    old = self.get_variable(collection, name)
+    if collection == "losses" and old is not None:
+      value = old + value
+    self.put_variable(collection, name, value)
+
+
+def _swiglu(
+  experts: Mapping[str, weight_lib.Weight],
+  x: jax.Array,
+  sizes_E: jax.Array | None = None,
+) -> jax.Array:
+  """All experts on their rows; see ExpertFn."""
+  h = nn.silu(verbs.grouped_contract(x, experts["gate"], sizes_E))
+  h = h * verbs.grouped_contract(x, experts["up"], sizes_E)
+  return verbs.grouped_contract(h, experts["down"], sizes_E)
+
+
+def _through_rows(
+  x_TD: jax.Array,
+  routed: routing.Routing,
+  places: dispatch.Places,
+  expert_fn: ExpertFn,
+  shape: tuple[int, int] | None = None,
+) -> jax.Array:
+  """Tokens through rows of experts: in groups, or in a batch of `shape` (E, C)."""
+  rows_ND = dispatch.to_rows(x_TD, places)
+  held_N = places.pair_of_row_N < routed.experts_TK.size
+  with weight_lib.token_weights(held_N.astype(jnp.float32)):
+    if shape is None:
+      y_ND = expert_fn(rows_ND, places.group_sizes_E)
+    else:
+      rows_ECD = shard(rows_ND.reshape(*shape, -1), ("experts", None, None))
+      y_ND = expert_fn(rows_ECD).reshape(rows_ND.shape)
+  return dispatch.from_rows(y_ND, routed.weights_TK, places)
+
+
+TECHNIQUE = MoE

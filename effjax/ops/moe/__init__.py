@@ -1,0 +1,1 @@
+"""Mixture of experts as pure functions: routers, dispatches, grouped products."""
