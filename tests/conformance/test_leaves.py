@@ -12,7 +12,7 @@ from effjax.core import partition, registry, specs
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.weights import describe, leaf, verbs
-from effjax.weights.leaves import masked, quantized
+from effjax.weights.leaves import low_rank, masked, quantized
 
 IN, OUT, TAPS, EXPERTS, LAYERS = 16, 8, 4, 3, 2
 
@@ -49,6 +49,15 @@ def _plain(key, shape, axis):
   return jax.random.normal(key, shape)
 
 
+def _low_rank(key, shape, axis, inner=_plain):
+  left, right = jax.random.split(key)
+  rank = shape[-1] // 2
+  return low_rank.LowRank.create(
+    inner(left, (*shape[:-1], rank), axis),
+    inner(right, (*shape[:-2], rank, shape[-1]), axis),
+  )
+
+
 _int4 = functools.partial(_quantized, bits=4, groups=4)
 KINDS = {
   "plain": _plain,
@@ -58,6 +67,8 @@ KINDS = {
   "int4_groups": _int4,
   "int3": functools.partial(_quantized, bits=3),
   "int2_asymmetric": functools.partial(_quantized, bits=2, groups=4, zero=True),
+  "low_rank": _low_rank,
+  "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,
   "masked_int4": functools.partial(_masked, inner=_int4),
 }

@@ -17,7 +17,7 @@ from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import rounding
 from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import masked, quantized
+from effjax.weights.leaves import low_rank, masked, quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def quantize(
   """Replaces the selected parameters by `Quantized` leaves, one at a time.
 
   A `Masked` parameter stays masked: its values are quantized, and a symmetric grid has
-  an exact zero.
+  an exact zero. Of a `LowRank` one each factor is quantized.
   """
   del stats
 
@@ -86,6 +86,14 @@ def quantize(
     if isinstance(leaf, masked.Masked):
       values = _quantize(path, leaf.dense(), spec, options)
       return dataclasses.replace(leaf, values=values)
+    if isinstance(leaf, low_rank.LowRank) and not any(
+      map(leaf_lib.is_leaf_kind, (leaf.left, leaf.right))
+    ):
+      left, right = (
+        _quantize(f"{path}.{name}", getattr(leaf, name), spec, options)
+        for name in ("left", "right")
+      )
+      return low_rank.LowRank.create(left, right)
     if leaf_lib.is_leaf_kind(leaf):
       raise errors.InputError(
         f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"

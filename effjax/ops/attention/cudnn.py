@@ -4,6 +4,12 @@ It masks padding by the length of a row, not by segments. A row of one document 
 padding on the right is therefore all it is given: where segments could pack several
 documents, a condition at run time sends the batch to `blockwise` if they do.
 
+Checked on an H200 (JAX 0.11.2): 18 cases of causal, full and windowed attention, heads
+of 32 to 256, grouped queries, padding and packed rows, in bfloat16 and one in float16:
+outputs and gradients are within 3.4e-3 of the float32 definition, in norm, as those of
+`blockwise` are. JAX builds the kernel's graph while it captures a stream: two threads
+that first run such programs at the same time make each other fail.
+
 Local letter: W size of a value head.
 """
 

@@ -155,7 +155,8 @@ def _head_axis(spec: specs_lib.ParamSpec, x: jax.Array) -> int | None:
   if spec.head_dim is None:
     return None
   for axis in (-2, -1):
-    whole = x.shape[axis] % spec.head_dim == 0
+    # A factor of a matrix has only one of its two sides.
+    whole = x.shape[axis] == spec.shape[axis] and x.shape[axis] % spec.head_dim == 0
     if spec.axes[axis] in HEAD_AXES and whole:
       return axis
   return None

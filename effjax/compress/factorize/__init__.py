@@ -1,0 +1,1 @@
+"""Transforms that write a weight as a product of smaller ones."""
