@@ -71,7 +71,8 @@ class DecoderConfig:
     first_mlps: MLPs of the first layers, before the pattern begins.
     mixer_options: options of each mixer, by its name.
     mlp_options: options of each MLP, by its name.
-    layers: one config a layer; empty to expand the short form.
+    share: layers in a row that have the same parameters; 1 shares none.
+    layers: one config a set of parameters; empty to expand the short form.
     runs: how equal layers are scanned; None finds the maximal runs.
     scan: False keeps every layer apart (`layer_<k>/...`), with an unrolled loop.
     tie_embeddings: whether the output head is the embedding.
@@ -92,6 +93,7 @@ class DecoderConfig:
   first_mlps: tuple[str, ...] = ()
   mixer_options: dict[str, dict] = dataclasses.field(default_factory=dict)
   mlp_options: dict[str, dict] = dataclasses.field(default_factory=dict)
+  share: int = 1
   layers: tuple[LayerConfig, ...] = ()
   runs: tuple[tuple[int, int], ...] | None = None
   scan: bool = True
@@ -103,7 +105,7 @@ class DecoderConfig:
   logit_cap: float | None = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "embed_dim", "embed_std", "max_len"):
+    for name in ("vocab_size", "embed_dim", "embed_std", "share", "max_len"):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
     if self.remat not in REMAT:
       raise errors.unknown("remat", self.remat, REMAT)
@@ -121,8 +123,8 @@ class DecoderConfig:
         self.mixer_options,
         self.mlp_options,
       )
-      object.__setattr__(self, "layers", layers)
-    object.__setattr__(self, "num_layers", len(self.layers))
+      object.__setattr__(self, "layers", every(self.share, layers))
+    object.__setattr__(self, "num_layers", len(self.layers) * self.share)
     check_layers(self.layers, self.embed_dim, self.runs)
     for layer in self.layers:
       if getattr(layer.build_mlp_options(), "sees_future", False):
@@ -148,7 +150,7 @@ class DecoderConfig:
 
   @property
   def layer_keys(self) -> tuple[Hashable, ...]:
-    """Layers with equal keys are built equal."""
+    """One key a set of parameters; sets with equal keys are built equal."""
     return self.layers
 
 
@@ -185,6 +187,27 @@ def expand(
     )
     for mixer, mlp in zip(itertools.cycle(pattern), mlps, strict=False)
   )
+
+
+def every(share: int, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
+  """The sets of parameters where `share` layers in a row have the same.
+
+  Raises:
+    InputError: `share` does not divide the layers, or ties unequal ones.
+  """
+  config.require(
+    len(layers) % share == 0,
+    f"share={share} must divide num_layers={len(layers)}",
+  )
+  for k, layer in enumerate(layers):
+    first = k - k % share
+    one, other = (f"{a.mixer} with {a.mlp}" for a in (layers[first], layer))
+    config.require(
+      layer == layers[first],
+      f"share={share} ties layers {first} and {k}, but they are {one} and {other}; "
+      "share needs equal layers",
+    )
+  return layers[::share]
 
 
 def check_layers(

@@ -77,6 +77,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
   """A causal language model.
 
+  With `config.share = n` the parameters of `layer_<k>`, or of step k of a run, are
+  those of layers `k n` to `k n + n - 1` (Lan et al. 2019, arXiv:1909.11942, section
+  3.1): they exist, are counted, stored and compressed once, and their gradient is the
+  sum over the uses. The computation and the decoding state are those of all layers.
+
   Attributes:
     config: see DecoderConfig.
     precision: dtypes of the computation; parameters are float32.
@@ -133,12 +138,13 @@ class Decoder(nn.Module):
     return shard(logits_BLV, ("batch", "length", "vocab")), new_state
 
   @nn.nowrap
-  def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> nn.Module:
+  def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> Any:
     cfg = self.config
     cls = stack.rematerialized(Layer, cfg.remat, cfg.resolved_runs is not None)
     # GPT-2's scaling: residual branches start smaller the deeper the model is.
     out_scale = (2 * cfg.num_layers) ** -0.5
-    return cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, name=name)
+    module = cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, name=name)
+    return stack.shared(module, cfg.share)
 
   def _logits(self, x_BLD: jax.Array, table: embed.Embed) -> jax.Array:
     cfg = self.config
@@ -164,8 +170,12 @@ class Decoder(nn.Module):
     cfg = self.config
 
     def one(layer: config_lib.LayerConfig) -> Any:
-      mixer = self._make_layer(layer, name=None).make_mixer()
-      return mixer.init_state(batch, max_len, self.precision.dtype)
+      mixer = Layer(layer, cfg.embed_dim, cfg.norm_eps, 1.0).make_mixer()
+      # Separate arrays, because a state is donated.
+      states = [
+        mixer.init_state(batch, max_len, self.precision.dtype) for _ in range(cfg.share)
+      ]
+      return tuple(states) if cfg.share > 1 else states[0]
 
     state: dict[str, Any] = {"length_B": jnp.zeros((batch,), jnp.int32)}
     if cfg.resolved_runs is None:

@@ -125,18 +125,7 @@ class EncoderConfig:
       self.mixer_options | {name: self._mixer_defaults(name) for name in mixers},
       self.mlp_options | self._mlp_defaults(),
     )
-    config.require(
-      self.num_layers % self.share == 0,
-      f"share={self.share} must divide num_layers={self.num_layers}",
-    )
-    for k, layer in enumerate(layers):
-      first = k - k % self.share
-      config.require(
-        layer == layers[first],
-        f"share={self.share} ties layers {first} and {k}, but they are "
-        f"{layers[first].mixer} and {layer.mixer}; share needs equal layers",
-      )
-    return layers[:: self.share]
+    return config_lib.every(self.share, layers)
 
   def _mixer_defaults(self, name: str) -> dict[str, Any]:
     """The options given for a mixer, and BERT's choices for those that are not."""

@@ -98,9 +98,11 @@ def apply(
 def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]:
   """A layer applied `times` times in a row, always with the same parameters.
 
-  Its parameters exist once, and their gradient is the sum over the uses. Without a
-  decoding state only: every use would need its own.
+  Its parameters exist once, and their gradient is the sum over the uses. A decoding
+  state is a tuple with one of each use.
   """
+  if times == 1:
+    return layer
 
   def once(
     layer: nn.Module, x_BLD: jax.Array, positions: jax.Array, segments: jax.Array
@@ -110,10 +112,16 @@ def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]
   def call(
     x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
   ) -> tuple[jax.Array, Any]:
+    if state is not None:
+      new = []
+      for old in state:
+        x_BLD, used = layer(x_BLD, old, positions, segments)
+        new.append(used)
+      return x_BLD, tuple(new)
     # What a use writes is read by the next one: a scan could not carry variables that
     # the first use creates.
     written = any(map(layer.is_mutable_collection, ("params", "stats", "state")))
-    if times == 1 or written:
+    if written:
       for _ in range(times):
         x_BLD, _ = once(layer, x_BLD, positions, segments)
       return x_BLD, state

@@ -191,7 +191,7 @@ def test_config_round_trips_and_bert_is_the_default():
     ({"share": 0}, "share=0 must be positive"),
     (
       {"pattern": ("attention", "longformer"), "share": 2},
-      "ties layers 0 and 1, but they are attention and longformer",
+      "they are attention with gelu and longformer with gelu",
     ),
     ({"norm": "past"}, "unknown norm 'past'; did you mean 'post'"),
     ({"position": "rope"}, "unknown position 'rope'"),
