@@ -10,7 +10,9 @@ from effjax.core import registry
 from effjax.core import tree as tree_lib
 from effjax.measure import flops
 from effjax.models import config as model_config
+from effjax.nn.mlps import moe
 from effjax.ops.attention import api as attention_ops
+from effjax.ops.moe import grouped
 from effjax.recipe import plan as plan_lib
 
 # A training step costs a forward pass and, for gradients, about two more.
@@ -24,7 +26,8 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
     `config` (resolved), `mesh`, `parameters` (path, shape, kind, axes, sharding,
     num_params each), `stages` (what each holds), `num_params`, `flops_per_token`
     (forward, at the training length) and `train_flops_per_token`, and `attention`
-    (mixer, layers, implementation, because), for training on the device at hand.
+    (mixer, layers, implementation, because) and `experts` (layers, dispatch, product,
+    because), for training on the device at hand.
 
   Raises:
     InputError: a layer names an implementation of attention that cannot do it.
@@ -54,6 +57,7 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
     "flops_per_token": forward,
     "train_flops_per_token": _PASSES * forward,
     "attention": _attention(plan),
+    "experts": _experts(plan),
   }
 
 
@@ -74,12 +78,42 @@ def _attention(plan: plan_lib.Plan) -> list[dict[str, Any]]:
   return [
     {
       "mixer": mixer,
-      "layers": ", ".join(map(str, layers)),
+      "layers": _numbers(layers, model.config.share),
       "implementation": name,
       "because": reason,
     }
     for (mixer, name, reason), layers in found.items()
   ]
+
+
+def _experts(plan: plan_lib.Plan) -> list[dict[str, Any]]:
+  """How the layers with experts bring tokens to them, and what multiplies."""
+  config = plan.model.config
+  found: dict[tuple[str, str, str], list[int]] = {}
+  for index, layer in enumerate(config.layers):
+    options = layer.build_mlp_options()
+    if not isinstance(options, moe.MoEOptions):
+      continue
+    dispatch, product = options.dispatch, ("batched", "all experts have as many rows")
+    if options.router == "expert_choice":
+      dispatch = options.router
+    elif dispatch == "dropless":
+      product = grouped.choose(jax.default_backend())
+    found.setdefault((dispatch, *product), []).append(index)
+  return [
+    {
+      "layers": _numbers(layers, config.share),
+      "dispatch": dispatch,
+      "product": product,
+      "because": reason,
+    }
+    for (dispatch, product, reason), layers in found.items()
+  ]
+
+
+def _numbers(sets: list[int], share: int) -> str:
+  """The layers that these sets of parameters make."""
+  return ", ".join(str(share * k + j) for k in sets for j in range(share))
 
 
 def _stage(plan: plan_lib.Plan, index: int, num_params: int) -> dict[str, Any]:

@@ -135,6 +135,16 @@ def test_show_says_how_attention_runs(command, here, capsys):
   assert "the sequence is short (64 x 64" in found["mla"]["because"]
 
 
+def test_show_says_how_experts_run_and_counts_shared_layers(command, here, capsys):
+  flags = ["--config.model.num_layers=4", "--config.model.pattern=('attention',)"]
+  flags += ["--config.model.mlp=moe", "--config.model.share=2"]
+  found = _json(capsys, "show", "--config", command.config, *flags)
+  (entry,) = found["experts"]
+  assert entry["layers"] == found["attention"][0]["layers"] == "0, 1, 2, 3"
+  assert (entry["dispatch"], entry["product"]) == ("dropless", "windows")
+  assert "on cpu ragged_dot multiplies every row" in entry["because"]
+
+
 def test_data_shows_sizes_and_samples(command, here, capsys):
   found = _json(capsys, "data", "--config", command.config, "--samples", "2")
   assert found["batch"]["tokens"] == 8 * 64

@@ -41,6 +41,9 @@ def main(args: argparse.Namespace) -> None:
   if found["attention"]:
     print("\nattention in training, on the device at hand")
     _print_table(found["attention"])
+  if found["experts"]:
+    print("\nexperts in training, on the device at hand")
+    _print_table(found["experts"])
   print(f"\nparameters in all    {found['num_params']:,}")
   print(f"forward FLOPs/token  {found['flops_per_token']:,.0f}")
   print(f"training FLOPs/token {found['train_flops_per_token']:,.0f}")

@@ -27,6 +27,23 @@ _BLOCK = 256
 _PARTS = 8
 
 
+class Choice(NamedTuple):
+  """What computes a grouped product and why, as the end of "because ..."."""
+
+  name: str
+  reason: str
+
+
+def choose(platform: str) -> Choice:
+  """Which form runs on a platform, as JAX names it."""
+  if platform == "tpu":
+    return Choice("ragged_dot", "TPUs multiply each row by its own expert only")
+  return Choice(
+    "windows",
+    f"on {platform} ragged_dot multiplies every row by the matrix of every expert",
+  )
+
+
 def grouped_matmul(
   x_TD: jax.Array,
   w_EDF: jax.Array,
@@ -48,7 +65,7 @@ def grouped_matmul(
     InputError: a block under 1.
   """
   if block is None:
-    if jax.default_backend() == "tpu":
+    if choose(jax.default_backend()).name == "ragged_dot":
       return lax.ragged_dot(x_TD, w_EDF, group_sizes_E)
     if counting.active():
       return _countable(x_TD, w_EDF, group_sizes_E)
