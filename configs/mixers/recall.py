@@ -14,10 +14,10 @@ layer of Mamba-2 and one of attention.
 What it takes to be learned so soon, found in some 60 runs on a GPU: attention needs
 biases, with which a head looks one token back whatever the tokens are (without them it
 stays for long where it only knows which values a sequence holds, and leaves at few
-rates). Recurrent mixers need embeddings that the first layer's output does not drown: Mamba-2
-got 99 % of 20 pairs in 1,500 steps from a standard deviation of 0.5 or 1, 83 % in 2,000
-from 0.2, and 5 % of 32 pairs in 1,300 from the usual 0.02. Attention prefers 0.1 to
-0.3; 0.4 serves both.
+rates). Recurrent mixers need embeddings that the first layer's output does not drown:
+Mamba-2 got 99 % of 20 pairs in 1,500 steps from a standard deviation of 0.5 or 1, 83 %
+in 2,000 from 0.2, and 5 % of 32 pairs in 1,300 from the usual 0.02. Attention prefers
+0.1 to 0.3; 0.4 serves both.
 
 Command: effjax run --config configs/mixers/recall.py:attention
 Command for all: python experiments/mixers/run.py recall --jobs 2
