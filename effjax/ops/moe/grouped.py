@@ -71,94 +71,102 @@ def grouped_matmul(
       return _countable(x_TD, w_EDF, group_sizes_E)
     block = _BLOCK
   config.require(block >= 1, f"block={block} must be at least 1")
-  block = -(-block // _part(block)) * _part(block)
-  return _grouped(block, x_TD, w_EDF, group_sizes_E)
+  return _grouped(_rows(block, x_TD.shape[0]), x_TD, w_EDF, group_sizes_E)
 
 
 def computed_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> int:
   """Rows that are multiplied for groups of these sizes; each takes 2 D F FLOPs."""
-  part = _part(block)
+  part = max(1, block // _PARTS)
   return sum(-(-int(size) // part) * part for size in group_sizes)
 
 
-def _part(block: int) -> int:
-  """Rows by which windows differ."""
-  return max(1, block // _PARTS)
+class _Rows(NamedTuple):
+  """Rows of windows: of a full one, and by how many the smaller ones differ."""
+
+  block: int
+  part: int
+
+
+def _rows(block: int, num_rows: int) -> _Rows:
+  """Whole parts, and no window larger than all rows: each size is compiled."""
+  part = max(1, block // _PARTS)
+  whole = lambda rows: -(-rows // part) * part
+  return _Rows(max(part, min(whole(block), whole(num_rows))), part)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(
-  block: int, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+  rows: _Rows, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
-  return _product(block, x_TD, w_EDF, sizes_E, 0)
+  return _product(rows, x_TD, w_EDF, sizes_E, 0)
 
 
 def _forward(
-  block: int, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+  rows: _Rows, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return _product(block, x_TD, w_EDF, sizes_E, 0), (x_TD, w_EDF, sizes_E)
+  return _product(rows, x_TD, w_EDF, sizes_E, 0), (x_TD, w_EDF, sizes_E)
 
 
 def _backward(
-  block: int, residuals: tuple[jax.Array, ...], dy_TF: jax.Array
+  rows: _Rows, residuals: tuple[jax.Array, ...], dy_TF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
   x_TD, w_EDF, sizes_E = residuals
-  dx_TD = _product(block, dy_TF, w_EDF, sizes_E, 1)
-  return dx_TD, _outer(block, x_TD, dy_TF, sizes_E).astype(w_EDF.dtype), None
+  dx_TD = _product(rows, dy_TF, w_EDF, sizes_E, 1)
+  return dx_TD, _outer(rows, x_TD, dy_TF, sizes_E).astype(w_EDF.dtype), None
 
 
 _grouped.defvjp(_forward, _backward)
 
 
 def _product(
-  block: int, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, axis: int
+  rows: _Rows, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, axis: int
 ) -> jax.Array:
   """The grouped product, contracting `axis` of each matrix."""
   num_rows = x_TD.shape[0]
-  windows = _windows(block, num_rows, sizes_E)
+  windows = _windows(rows, num_rows, sizes_E)
   # The last window reaches past the rows, into zeros that are cut off at the end.
-  x_TD = jnp.pad(x_TD, ((0, block), (0, 0)))
+  x_TD = jnp.pad(x_TD, ((0, rows.block), (0, 0)))
 
   def body(index: jax.Array, y_TF: jax.Array) -> jax.Array:
     start = windows.start_W[index]
-    x_MD = lax.dynamic_slice_in_dim(x_TD, start, block)
+    x_MD = lax.dynamic_slice_in_dim(x_TD, start, rows.block)
     w_DF = lax.dynamic_index_in_dim(w_EDF, windows.expert_W[index], keepdims=False)
 
-    def product(rows: int, x_MD: jax.Array, w_DF: jax.Array) -> jax.Array:
-      y_MF = lax.dot_general(x_MD[:rows], w_DF, (((1,), (axis,)), ((), ())))
-      return jnp.pad(y_MF, ((0, block - rows), (0, 0)))
+    def product(used: int, x_MD: jax.Array, w_DF: jax.Array) -> jax.Array:
+      y_MF = lax.dot_general(x_MD[:used], w_DF, (((1,), (axis,)), ((), ())))
+      return jnp.pad(y_MF, ((0, rows.block - used), (0, 0)))
 
-    y_MF = _by_rows(block, windows.parts_W[index], product, x_MD, w_DF)
+    y_MF = _by_rows(rows, windows.parts_W[index], product, x_MD, w_DF)
     return lax.dynamic_update_slice_in_dim(y_TF, y_MF, start, 0)
 
-  y_TF = jnp.zeros((num_rows + block, w_EDF.shape[2 - axis]), x_TD.dtype)
+  y_TF = jnp.zeros((num_rows + rows.block, w_EDF.shape[2 - axis]), x_TD.dtype)
   y_TF = lax.fori_loop(0, windows.count, body, y_TF)
   used_T1 = jnp.arange(num_rows)[:, None] < jnp.sum(sizes_E)
   return jnp.where(used_T1, y_TF[:num_rows], 0)
 
 
 def _outer(
-  block: int, x_TD: jax.Array, dy_TF: jax.Array, sizes_E: jax.Array
+  rows: _Rows, x_TD: jax.Array, dy_TF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
   """`sum_t x[t] dy[t]^T` over the rows of each group, `[E, D, F]` float32."""
-  windows = _windows(block, x_TD.shape[0], sizes_E)
+  windows = _windows(rows, x_TD.shape[0], sizes_E)
   ends_E = jnp.cumsum(sizes_E)
-  x_TD, dy_TF = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_TD, dy_TF))
+  x_TD, dy_TF = (jnp.pad(a, ((0, rows.block), (0, 0))) for a in (x_TD, dy_TF))
 
   def body(index: jax.Array, dw_EDF: jax.Array) -> jax.Array:
     start, expert = windows.start_W[index], windows.expert_W[index]
-    x_MD = lax.dynamic_slice_in_dim(x_TD, start, block)
-    dy_MF = lax.dynamic_slice_in_dim(dy_TF, start, block)
-    own_M1 = start + jnp.arange(block)[:, None] < ends_E[expert]
+    x_MD = lax.dynamic_slice_in_dim(x_TD, start, rows.block)
+    dy_MF = lax.dynamic_slice_in_dim(dy_TF, start, rows.block)
+    own_M1 = start + jnp.arange(rows.block)[:, None] < ends_E[expert]
     dy_MF = jnp.where(own_M1, dy_MF, 0)
 
-    def product(rows: int, x_MD: jax.Array, dy_MF: jax.Array) -> jax.Array:
+    def product(used: int, x_MD: jax.Array, dy_MF: jax.Array) -> jax.Array:
       over_rows = (((0,), (0,)), ((), ()))
       return lax.dot_general(
-        x_MD[:rows], dy_MF[:rows], over_rows, preferred_element_type=jnp.float32
+        x_MD[:used], dy_MF[:used], over_rows, preferred_element_type=jnp.float32
       )
 
-    dw_DF = _by_rows(block, windows.parts_W[index], product, x_MD, dy_MF)
+    dw_DF = _by_rows(rows, windows.parts_W[index], product, x_MD, dy_MF)
     dw_DF += lax.dynamic_index_in_dim(dw_EDF, expert, keepdims=False)
     return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert, 0)
 
@@ -182,28 +190,27 @@ class _Windows(NamedTuple):
   count: jax.Array
 
 
-def _windows(block: int, num_rows: int, sizes_E: jax.Array) -> _Windows:
+def _windows(rows: _Rows, num_rows: int, sizes_E: jax.Array) -> _Windows:
   """The windows of every group, in order."""
   num_groups = sizes_E.shape[0]
   starts_E = jnp.cumsum(sizes_E) - sizes_E
-  counts_E = -(-sizes_E // block)
+  counts_E = -(-sizes_E // rows.block)
   last_E = jnp.cumsum(counts_E)
-  index_W = jnp.arange(num_rows // block + num_groups)
+  index_W = jnp.arange(num_rows // rows.block + num_groups)
   expert_W = jnp.searchsorted(last_E, index_W, side="right").astype(jnp.int32)
   expert_W = jnp.minimum(expert_W, num_groups - 1)
-  done_W = (index_W - (last_E - counts_E)[expert_W]) * block
-  left_W = jnp.clip(sizes_E[expert_W] - done_W, 1, block)
-  parts_W = -(-left_W // _part(block))
+  done_W = (index_W - (last_E - counts_E)[expert_W]) * rows.block
+  left_W = jnp.clip(sizes_E[expert_W] - done_W, 1, rows.block)
+  parts_W = -(-left_W // rows.part)
   return _Windows(expert_W, starts_E[expert_W] + done_W, parts_W, last_E[-1])
 
 
 def _by_rows(
-  block: int, parts: jax.Array, product: Callable[..., jax.Array], *args: jax.Array
+  rows: _Rows, parts: jax.Array, product: Callable[..., jax.Array], *args: jax.Array
 ) -> jax.Array:
-  """`product(rows, *args)` for the static number of rows that `parts` stands for."""
-  part = _part(block)
-  sizes = range(part, block + 1, part)
-  return lax.switch(parts - 1, [functools.partial(product, r) for r in sizes], *args)
+  """`product(used, *args)` for the static number of rows that `parts` stands for."""
+  sizes = range(rows.part, rows.block + 1, rows.part)
+  return lax.switch(parts - 1, [functools.partial(product, n) for n in sizes], *args)
 
 
 def _countable(x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:

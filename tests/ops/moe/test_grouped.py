@@ -98,6 +98,9 @@ def test_no_product_of_the_program_has_an_axis_of_experts():
   dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
   # One of each number of rows: forward, and the two gradients.
   assert len(dots) == 3 * 8
+  few = jax.jit(grouped.grouped_matmul).lower(x_TD[:40], w_EDF, sizes_E).as_text()
+  # No window is larger than all rows.
+  assert few.count("stablehlo.dot_general") == 2
   for line in dots:
     left, right, _ = re.findall(r"tensor<([0-9x]+)xf32>", line)
     assert left.count("x") == right.count("x") == 1
