@@ -16,7 +16,7 @@ def jit_once(fn: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
   Nothing is asked of a device before the first call.
 
   Args:
-    fn: the function.
+    fn: the function, of positional arguments.
     **kwargs: of `jax.jit`.
   """
 

@@ -13,12 +13,13 @@ def test_computes_what_the_function_computes():
 
 
 def test_nothing_is_compiled_or_asked_before_the_first_call(monkeypatch):
-  def never(*args, **kwargs):
-    raise AssertionError
-
-  monkeypatch.setattr(jax, "default_backend", never)
-  monkeypatch.setattr(jax, "jit", never)
-  compiling.jit_once(lambda x: x)
+  asked = []
+  monkeypatch.setattr(jax, "default_backend", lambda: asked.append("backend") or "cpu")
+  monkeypatch.setattr(jax, "jit", lambda fn, **_: asked.append("jit") or fn)
+  double = compiling.jit_once(lambda x: 2 * x)
+  assert asked == []
+  assert double(3) == double(4) - 2 == 6
+  assert asked == ["backend", "jit"]
 
 
 @pytest.mark.parametrize(("platform", "plain"), [("cpu", False), ("tpu", True)])

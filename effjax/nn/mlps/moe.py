@@ -159,10 +159,11 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> jax.Array:
-    """`[B, L, D] -> [B, L, D]`; padding (not valid) is not routed and gives zeros.
+    """`[B, L, D] -> [B, L, D]`; padding (not valid) is not routed to any expert.
 
-    Raises:
-      InputError: the capacity of expert choice exceeds the tokens there are.
+    At padding the output is that of the shared experts, zero without any. Decoding
+    equals the parallel form where nothing is dropped: with "capacity" and in expert
+    choice, what a token gets depends on the tokens it is given with.
     """
     opts = self.options
     x_TD = x_BLD.reshape(-1, self.embed_dim)
