@@ -17,7 +17,17 @@ from typing import NoReturn
 from effjax.cli import catalog
 from effjax.core import allocator, errors, registry
 
-_ORDER = ("run", "list", "show", "data", "report", "generate", "score", "bench")
+_ORDER = (
+  "run",
+  "sweep",
+  "list",
+  "show",
+  "data",
+  "report",
+  "generate",
+  "score",
+  "bench",
+)
 _EXIT_CODES = """exit codes:
   0  done
   1  crash (a full disk too: the previous checkpoint is intact)

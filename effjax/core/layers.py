@@ -7,6 +7,7 @@ per-layer view is what layer-wise transforms work on and what decoding runs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -41,6 +42,10 @@ class Layered(Protocol):
   def layer_keys(self) -> tuple[Hashable, ...]:
     """One key a layer; layers of equal keys are built equal."""
 
+  @property
+  def layer_groups(self) -> tuple[int, ...]:
+    """How many layers in a row a run must keep together, in order."""
+
   def with_runs(self, runs: tuple[Run, ...] | None) -> "Layered":
     """The same model, scanned differently."""
 
@@ -48,24 +53,35 @@ class Layered(Protocol):
 Model = TypeVar("Model", bound=Layered)
 
 
-def find_runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
+def find_runs(
+  keys: Sequence[Hashable], groups: Sequence[int] | None = None
+) -> tuple[Run, ...]:
   """Splits layers into maximal runs: repeats of one layer or of a pattern of layers.
 
-  From each position the body that covers most layers wins, the shortest first.
+  From each position the body that covers most groups wins, the shortest first.
+
+  Args:
+    keys: one a layer; layers of equal keys are equal.
+    groups: how many layers in a row stay in one body; each layer alone if None.
   """
+  sizes = [1] * len(keys) if groups is None else list(groups)
+  ends = list(itertools.accumulate(sizes))
+  # A group is one layer from here on, a long one.
+  units = [tuple(keys[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
   runs = []
   start = 0
-  while start < len(keys):
-    best = Run(1, 1)
-    for period in range(1, (len(keys) - start) // 2 + 1):
-      body = tuple(keys[start : start + period])
+  while start < len(units):
+    best = (1, 1)
+    for period in range(1, (len(units) - start) // 2 + 1):
+      body = units[start : start + period]
       repeats = 1
-      while tuple(keys[start + repeats * period :][:period]) == body:
+      while units[start + repeats * period :][:period] == body:
         repeats += 1
-      if repeats > 1 and period * repeats > best.num_layers:
-        best = Run(period, repeats)
-    runs.append(best)
-    start += best.num_layers
+      if repeats > 1 and period * repeats > best[0] * best[1]:
+        best = (period, repeats)
+    period, repeats = best
+    runs.append(Run(sum(sizes[start : start + period]), repeats))
+    start += period * repeats
   return tuple(runs)
 
 
@@ -108,7 +124,8 @@ def restack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, A
     [
       (key, _structure(layer))
       for key, layer in zip(model.layer_keys, layers, strict=True)
-    ]
+    ],
+    model.layer_groups,
   )
   flat = {
     path: leaf

@@ -11,7 +11,9 @@ from effjax.core import layers as layers_lib
 
 MIXERS = "effjax.nn.mixers"
 MLPS = "effjax.nn.mlps"
+KEYS = ("own", "lent", "borrowed")
 REMAT = ("none", "full", "dots")
+_SHARES = ("share", "share_keys")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,14 +25,25 @@ class LayerConfig:
     mlp: registry key in effjax.nn.mlps, or "none".
     mixer_options: fields of the mixer's options; missing ones get their defaults.
     mlp_options: fields of the MLP's options, likewise.
+    keys: whose keys and values the mixer uses: "own", "lent" (own ones, which the next
+      layers use, too) or "borrowed" (those of the last layer that lends).
   """
 
   mixer: str
   mlp: str = "swiglu"
   mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   mlp_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  keys: str = "own"
 
   def __post_init__(self):
+    if self.keys not in KEYS:
+      raise errors.unknown("keys of a layer", self.keys, KEYS)
+    mixer_cls = registry.find(MIXERS, self.mixer)
+    config.require(
+      self.keys == "own" or getattr(mixer_cls, "lends_keys", False),
+      f"keys={self.keys!r} (share_keys) needs layers of 'attention': {self.mixer!r} "
+      "has no keys and values that another layer could use",
+    )
     mixer = config.to_dict(self.build_mixer_options())
     mlp = config.to_dict(self.build_mlp_options())
     object.__setattr__(self, "mixer_options", mixer)
@@ -72,6 +85,8 @@ class DecoderConfig:
     mixer_options: options of each mixer, by its name.
     mlp_options: options of each MLP, by its name.
     share: layers in a row that have the same parameters; 1 shares none.
+    share_keys: layers in a row that use the keys and values, and when decoding the
+      cache, of the first of them (cross-layer attention); 1 shares none.
     layers: one config a set of parameters; empty to expand the short form.
     runs: how equal layers are scanned; None finds the maximal runs.
     scan: False keeps every layer apart (`layer_<k>/...`), with an unrolled loop.
@@ -94,6 +109,7 @@ class DecoderConfig:
   mixer_options: dict[str, dict] = dataclasses.field(default_factory=dict)
   mlp_options: dict[str, dict] = dataclasses.field(default_factory=dict)
   share: int = 1
+  share_keys: int = 1
   layers: tuple[LayerConfig, ...] = ()
   runs: tuple[tuple[int, int], ...] | None = None
   scan: bool = True
@@ -105,7 +121,7 @@ class DecoderConfig:
   logit_cap: float | None = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "embed_dim", "embed_std", "share", "max_len"):
+    for name in ("vocab_size", "embed_dim", "embed_std", "max_len", *_SHARES):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
     if self.remat not in REMAT:
       raise errors.unknown("remat", self.remat, REMAT)
@@ -123,7 +139,13 @@ class DecoderConfig:
         self.mixer_options,
         self.mlp_options,
       )
-      object.__setattr__(self, "layers", every(self.share, layers))
+      layers = lending(self.share_keys, every(self.share, layers))
+      object.__setattr__(self, "layers", layers)
+    config.require(
+      1 in (self.share, self.share_keys),
+      "share and share_keys cannot both be more than 1: layers of equal parameters "
+      "have keys of their own",
+    )
     object.__setattr__(self, "num_layers", len(self.layers) * self.share)
     check_layers(self.layers, self.embed_dim, self.runs)
     for layer in self.layers:
@@ -152,6 +174,11 @@ class DecoderConfig:
   def layer_keys(self) -> tuple[Hashable, ...]:
     """One key a set of parameters; sets with equal keys are built equal."""
     return self.layers
+
+  @property
+  def layer_groups(self) -> tuple[int, ...]:
+    """Layers in a row that a run must keep together, as it hands keys around."""
+    return groups(self.layers)
 
 
 def expand(
@@ -210,12 +237,60 @@ def every(share: int, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...
   return layers[::share]
 
 
+def lending(
+  share_keys: int, layers: tuple[LayerConfig, ...]
+) -> tuple[LayerConfig, ...]:
+  """The layers, of which every `share_keys`-th lends its keys to those that follow.
+
+  Raises:
+    InputError: `share_keys` does not divide the layers, or joins unequal mixers.
+  """
+  if share_keys == 1:
+    return layers
+  config.require(
+    len(layers) % share_keys == 0,
+    f"share_keys={share_keys} must divide num_layers={len(layers)}",
+  )
+  for k, layer in enumerate(layers):
+    lender = k - k % share_keys
+    config.require(
+      (layer.mixer, layer.mixer_options)
+      == (layers[lender].mixer, layers[lender].mixer_options),
+      f"share_keys={share_keys} gives layer {k} ({layer.mixer}) the keys of layer "
+      f"{lender} ({layers[lender].mixer}); they must be equal mixers",
+    )
+  return tuple(
+    dataclasses.replace(layer, keys="borrowed" if k % share_keys else "lent")
+    for k, layer in enumerate(layers)
+  )
+
+
+def groups(layers: tuple[LayerConfig, ...]) -> tuple[int, ...]:
+  """How many layers belong together: each with those that borrow from it.
+
+  Raises:
+    InputError: a layer borrows, and none before it lends.
+  """
+  sizes: list[int] = []
+  for k, layer in enumerate(layers):
+    if layer.keys != "borrowed":
+      sizes.append(1)
+      continue
+    config.require(
+      bool(sizes) and layers[k - sizes[-1]].keys == "lent",
+      f"layers[{k}] has keys='borrowed', but no layer before it has keys='lent'",
+    )
+    sizes[-1] += 1
+  return tuple(sizes)
+
+
 def check_layers(
   layers: tuple[LayerConfig, ...],
   embed_dim: int,
   runs: tuple[tuple[int, int], ...] | None,
 ) -> None:
   """Raises InputError if a mixer does not fit the width, or runs the layers."""
+  sizes = groups(layers)
   for layer in layers:
     options = layer.build_mixer_options()
     if hasattr(options, "width"):
@@ -224,6 +299,12 @@ def check_layers(
     total = sum(period * repeats for period, repeats in runs)
     config.require(
       total == len(layers), f"runs cover {total} layers, the model has {len(layers)}"
+    )
+    starts = set(itertools.accumulate((0, *sizes)))
+    bodies = itertools.chain(*([period] * repeats for period, repeats in runs))
+    config.require(
+      starts.issuperset(itertools.accumulate(bodies)),
+      "runs part a layer from the one whose keys it borrows",
     )
 
 
@@ -234,7 +315,7 @@ def resolve_runs(
   if not scan:
     return None
   if runs is None:
-    return layers_lib.find_runs(layers)
+    return layers_lib.find_runs(layers, groups(layers))
   return tuple(layers_lib.Run(*run) for run in runs)
 
 

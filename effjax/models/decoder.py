@@ -61,17 +61,26 @@ class Layer(nn.Module):
     return mixer_cls(options, self.embed_dim, out_scale=self.out_scale)
 
   def __call__(
-    self, x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
-  ) -> tuple[jax.Array, Any]:
-    """The layer's output and the mixer's new state."""
-    y_BLD, state = self.mixer(
-      self.mixer_norm(x_BLD), state, positions=positions, segments=segments
-    )
+    self,
+    x_BLD: jax.Array,
+    state: Any,
+    positions: jax.Array,
+    segments: jax.Array,
+    keys: Any,
+  ) -> tuple[jax.Array, Any, Any]:
+    """The layer's output, the mixer's new state, and the keys lent last."""
+    x_norm_BLD = self.mixer_norm(x_BLD)
+    places = {"positions": positions, "segments": segments}
+    if self.config.keys == "lent":
+      y_BLD, state, keys = self.mixer(x_norm_BLD, state, lend=True, **places)
+    else:
+      borrowed = {"shared": keys} if self.config.keys == "borrowed" else {}
+      y_BLD, state = self.mixer(x_norm_BLD, state, **places, **borrowed)
     x_BLD = shard(x_BLD + y_BLD, ("batch", "length", "embed_act"))
     if self.config.mlp != "none":
       x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD), segments > 0)
       x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
-    return x_BLD, state
+    return x_BLD, state, keys
 
 
 class Decoder(nn.Module):
@@ -170,6 +179,8 @@ class Decoder(nn.Module):
     cfg = self.config
 
     def one(layer: config_lib.LayerConfig) -> Any:
+      if layer.keys == "borrowed":
+        return ()
       mixer = Layer(layer, cfg.embed_dim, cfg.norm_eps, 1.0).make_mixer()
       # Separate arrays, because a state is donated.
       states = [
@@ -206,6 +217,11 @@ class Decoder(nn.Module):
   def layer_keys(self) -> tuple[Any, ...]:
     """Layers with equal keys are built equal."""
     return self.config.layer_keys
+
+  @property
+  def layer_groups(self) -> tuple[int, ...]:
+    """Layers that stay together, since some borrow the keys of another."""
+    return self.config.layer_groups
 
   @nn.nowrap
   def with_runs(self, runs: tuple[layers.Run, ...] | None) -> "Decoder":

@@ -72,16 +72,21 @@ class EncoderLayer(nn.Module):
       self.mlp_norm = norm.LayerNorm(eps=self.norm_eps)
 
   def __call__(
-    self, x_BLD: jax.Array, state: None, positions: jax.Array, segments: jax.Array
-  ) -> tuple[jax.Array, None]:
-    """The layer's output; there is no state, an encoder does not decode."""
+    self,
+    x_BLD: jax.Array,
+    state: None,
+    positions: jax.Array,
+    segments: jax.Array,
+    keys: None,
+  ) -> tuple[jax.Array, None, None]:
+    """The layer's output; an encoder has no decoding state and shares no keys."""
     h_BLD = self.mixer_norm(x_BLD) if self.pre_norm else x_BLD
     y_BLD, _ = self.mixer(h_BLD, positions=positions, segments=segments)
     x_BLD = self._normalized(x_BLD + y_BLD, "mixer_norm")
     if self.config.mlp != "none":
       h_BLD = self.mlp_norm(x_BLD) if self.pre_norm else x_BLD
       x_BLD = self._normalized(x_BLD + self.mlp(h_BLD, segments > 0), "mlp_norm")
-    return x_BLD, state
+    return x_BLD, state, keys
 
   def _normalized(self, x_BLD: jax.Array, name: str) -> jax.Array:
     """What a branch leaves in the residual stream."""
@@ -284,6 +289,11 @@ class Encoder(nn.Module):
   def layer_keys(self) -> tuple[Any, ...]:
     """One key a parameter set; sets with equal keys are built equal."""
     return self.config.layer_keys
+
+  @property
+  def layer_groups(self) -> tuple[int, ...]:
+    """Each layer alone: none borrows keys."""
+    return (1,) * len(self.layer_keys)
 
   @nn.nowrap
   def with_runs(self, runs: tuple[layers.Run, ...] | None) -> "Encoder":

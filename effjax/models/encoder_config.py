@@ -112,6 +112,10 @@ class EncoderConfig:
       if getattr(self, name) not in allowed:
         raise errors.unknown(name, getattr(self, name), allowed)
     config.require(bool(self.pattern), "pattern must name at least one mixer")
+    config.require(
+      all(layer.keys == "own" for layer in self.layers),
+      "layers of an encoder have keys='own': only a decoder's share them",
+    )
 
   def __hash__(self) -> int:
     return hash(json.dumps(config.to_dict(self), sort_keys=True))

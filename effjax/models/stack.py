@@ -1,8 +1,9 @@
 """Runs of layers: how a model applies its layers, scanned, unrolled or shared.
 
 Shared by the decoder and the encoder. A layer is a module called as
-`x_BLD, state = layer(x_BLD, state, positions, segments)`; a maker builds the one of a
-config, `make(layer_config, name=...)`, wherever it is called.
+`x_BLD, state, keys = layer(x_BLD, state, positions, segments, keys)`, where `keys` is
+what the last layer that lends has lent; a maker builds the one of a config,
+`make(layer_config, name=...)`, wherever it is called.
 """
 
 import dataclasses
@@ -35,10 +36,12 @@ class Body(nn.Module):
     outputs the whole cache would be copied every step.
     """
     x_BLD, states, step = carry
+    keys = None  # Lent and borrowed within a body, never from step to step.
     for j, layer in enumerate(self.layers):
       name = f"layer_{j}"
       state = None if states is None else _read(states[name], step)
-      x_BLD, state = self.make(layer, name=name)(x_BLD, state, positions, segments)
+      call = self.make(layer, name=name)
+      x_BLD, state, keys = call(x_BLD, state, positions, segments, keys)
       if states is not None:
         states = {**states, name: _write(states[name], state, step)}
     return (x_BLD, states, step + 1), None
@@ -69,10 +72,12 @@ def apply(
   """
   new_state = None if state is None else {}
   if runs is None:
+    keys = None
     for k, layer in enumerate(configs):
       name = f"layer_{k}"
       old = None if state is None else state[name]
-      x_BLD, new = make(layer, name=name)(x_BLD, old, positions, segments)
+      call = make(layer, name=name)
+      x_BLD, new, keys = call(x_BLD, old, positions, segments, keys)
       if new_state is not None:
         new_state[name] = new
     return x_BLD, new_state
@@ -95,7 +100,7 @@ def apply(
   return x_BLD, new_state
 
 
-def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]:
+def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any, Any]]:
   """A layer applied `times` times in a row, always with the same parameters.
 
   Its parameters exist once, and their gradient is the sum over the uses. A decoding
@@ -107,24 +112,24 @@ def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]
   def once(
     layer: nn.Module, x_BLD: jax.Array, positions: jax.Array, segments: jax.Array
   ) -> tuple[jax.Array, None]:
-    return layer(x_BLD, None, positions, segments)[0], None
+    return layer(x_BLD, None, positions, segments, None)[0], None
 
   def call(
-    x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array
-  ) -> tuple[jax.Array, Any]:
+    x_BLD: jax.Array, state: Any, positions: jax.Array, segments: jax.Array, keys: None
+  ) -> tuple[jax.Array, Any, None]:
     if state is not None:
       new = []
       for old in state:
-        x_BLD, used = layer(x_BLD, old, positions, segments)
+        x_BLD, used, _ = layer(x_BLD, old, positions, segments, None)
         new.append(used)
-      return x_BLD, tuple(new)
+      return x_BLD, tuple(new), keys
     # What a use writes is read by the next one: a scan could not carry variables that
     # the first use creates.
     written = any(map(layer.is_mutable_collection, ("params", "stats", "state")))
     if written:
       for _ in range(times):
         x_BLD, _ = once(layer, x_BLD, positions, segments)
-      return x_BLD, state
+      return x_BLD, state, keys
     scanned = nn.scan(
       once,
       variable_broadcast=("params", "state"),
@@ -133,7 +138,7 @@ def shared(layer: nn.Module, times: int) -> Callable[..., tuple[jax.Array, Any]]
       in_axes=(nn.broadcast, nn.broadcast),
       length=times,
     )
-    return scanned(layer, x_BLD, positions, segments)[0], state
+    return scanned(layer, x_BLD, positions, segments)[0], state, keys
 
   return call
 

@@ -59,6 +59,21 @@ def read(reference: str) -> dict[str, Any]:
   return _plain(config)
 
 
+def read_sweep(path: pathlib.Path) -> dict[str, Any]:
+  """What `get_sweep()` of a config file returns; empty where it has none.
+
+  Raises:
+    InputError: not Python, or not a dict.
+  """
+  get_sweep = getattr(_execute(path), "get_sweep", None)
+  said = {} if get_sweep is None else get_sweep()
+  if not isinstance(said, dict):
+    raise errors.InputError(
+      f"get_sweep of {path} must return a dict, not {type(said).__name__}"
+    )
+  return said
+
+
 def default_workdir(reference: str) -> pathlib.Path:
   """`runs/<config>[-<arg>]`."""
   path, arg = split(reference)

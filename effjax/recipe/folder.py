@@ -104,6 +104,19 @@ def opened(
     yield
 
 
+def busy(root: pathlib.Path) -> bool:
+  """Whether a process is running in the folder."""
+  path = root / _LOCK
+  if not path.exists():
+    return False
+  with open(path) as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
 def stage_folder(root: pathlib.Path, index: int, name: str) -> pathlib.Path:
   """`stages/<n>-<name>`, n from 1."""
   return root / "stages" / f"{index + 1}-{name}"

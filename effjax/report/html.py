@@ -57,7 +57,8 @@ def _json(value: Any) -> str:
 def _subtitle(results: Sequence[result_lib.Result]) -> str:
   rows = [row for result in results for row in result.stages]
   devices = list(dict.fromkeys(row["device"] for row in rows))
-  seeds = list(dict.fromkeys(str(row["seed"]) for row in rows))
+  members = [run for result in results for run in result.runs or (result,)]
+  seeds = list(dict.fromkeys(str(r["seed"]) for run in members for r in run.stages))
   return (
     f"{len(rows)} rows · {', '.join(method.corpora(results))} · "
     f"{', '.join(devices)} · seed {', '.join(seeds)}"

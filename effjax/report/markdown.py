@@ -8,6 +8,9 @@ from effjax.report import method, summary
 from effjax.report import result as result_lib
 from effjax.report import table as table_lib
 
+# A title names at most this many runs.
+_MAX_NAMES = 4
+
 
 def render(results: Sequence[result_lib.Result], plot: str | None = None) -> str:
   """The report of one or several runs as Markdown.
@@ -69,7 +72,11 @@ def text(column: table_lib.Column, cell: table_lib.Cell) -> str:
 
 def title(results: Sequence[result_lib.Result]) -> str:
   """What the report calls itself."""
-  return " and ".join(result.name for result in results) + ": what each way cost"
+  names = [result.name for result in results]
+  if len(names) > _MAX_NAMES:
+    names = [*names[: _MAX_NAMES - 1], f"{len(names) - _MAX_NAMES + 1} more"]
+  listed = f"{', '.join(names[:-1])} and {names[-1]}" if names[1:] else names[0]
+  return f"{listed}: what each way cost"
 
 
 def references(results: Sequence[result_lib.Result]) -> list[tuple[str, float]]:

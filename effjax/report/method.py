@@ -27,8 +27,17 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
       "prediction is right; only answers are scored.",
     )
   ]
+  spread = [
+    (
+      "a ± b",
+      "mean and sample standard deviation (n - 1) over the runs of a group; without ±, "
+      "all runs agree. Curves, environment and config are those of its first run.",
+    )
+  ]
+  first = spread if any(result.runs for result in results) else []
   has_answers = any(row["quality"].get("accuracy") is not None for row in rows)
-  return (answers if has_answers else []) + [
+  first += answers if has_answers else []
+  return first + [
     (
       "bits per byte",
       "summed negative log-likelihood of every predicted token, in nats, over ln 2 and "

@@ -57,6 +57,9 @@ class Result:
     config: the resolved config, or empty.
     env: versions and machine, or empty.
     metrics: rows of `metrics.jsonl`, or empty.
+    fields: of a group of runs, what they have in common: config field to value.
+    runs: of a group, the runs; everything else above is then of the first one, but the
+      numbers of `stages`, which are means.
   """
 
   name: str
@@ -66,6 +69,8 @@ class Result:
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metrics: tuple[Mapping[str, Any], ...] = ()
+  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  runs: tuple["Result", ...] = ()
 
   def row(self, stage: str | None) -> Mapping[str, Any] | None:
     """The row of a stage, None if there is none."""

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from effjax.report import groups
 from effjax.report import result as result_lib
 
 Row = Mapping[str, Any]
@@ -91,11 +92,16 @@ class _Spec:
 
 def build(results: Sequence[result_lib.Result]) -> Table:
   """The table of one or several runs; columns that say nothing are left out."""
-  specs = _SPECS if len(results) > 1 else _SPECS[1:]
+  fields = tuple(dict.fromkeys(field for result in results for field in result.fields))
+  if any(result.runs for result in results):
+    specs = (*(_swept(field, fields) for field in fields), _RUNS, *_SPECS[1:])
+  else:
+    specs = _SPECS if len(results) > 1 else _SPECS[1:]
   rows = []
   for result in results:
     for row in result.stages:
-      row = {**row, "run": result.name}
+      row = {**row, "run": result.name, "runs": len(result.runs)}
+      row |= {f"field {field}": value for field, value in result.fields.items()}
       rows.append(tuple(_cell(spec, row, result) for spec in specs))
   table = Table(columns=tuple(spec.column for spec in specs), rows=tuple(rows))
   silent = [
@@ -130,7 +136,15 @@ def _cell(spec: _Spec, row: Row, result: result_lib.Result) -> Cell:
   if spec.column.key == "technique" and row["after"]:
     after = Note(text=f"after {row['after']}")
     notes = {PARENT: after, FIRST: after}
-  return Cell(text=spec.show(value), value=value, **notes)
+  text = spec.show(value) + _spread(spec, row, result)
+  return Cell(text=text, value=value, **notes)
+
+
+def _spread(spec: _Spec, row: Row, result: result_lib.Result) -> str:
+  """Standard deviation over the runs of a group, where they differ."""
+  numeric = spec.column.numeric and spec is not _RUNS
+  deviation = groups.deviation(result, row["stage"], spec.value) if numeric else None
+  return f" ± {spec.show(deviation)}" if deviation else ""
 
 
 def _ratio(value: float, base: float, less: str, more: str, same: float) -> Note:
@@ -212,6 +226,29 @@ def _spec(
   return _Spec(column=column, value=value, show=show, compare=compare)
 
 
+def _swept(field: str, fields: Sequence[str]) -> _Spec:
+  """The column of a field that a sweep varies: its last word, where that is enough."""
+  last = field.rsplit(".", 1)[-1]
+  words = [other.rsplit(".", 1)[-1] for other in fields]
+  return _spec(
+    f"field-{fields.index(field)}",
+    last if words.count(last) == 1 else field,
+    f"Config field {field}.",
+    lambda row: row.get(f"field {field}"),
+    str,
+    numeric=False,
+    priority=0,
+  )
+
+
+_RUNS = _spec(
+  "runs",
+  "runs",
+  "Runs of the group, which differ in the seed only.",
+  lambda row: row["runs"],
+  str,
+  priority=1,
+)
 _SPECS = (
   _spec("run", "run", "Run folder.", _word("run"), str, numeric=False, priority=0),
   _spec(

@@ -6,11 +6,14 @@ arXiv:2104.09864, eq. 34 (rotary embedding, halves rotated as in Llama); Press e
 section 2 (sliding window, rolling cache); Gemma 2, arXiv:2408.00118, section 2 (capped
 scores); Qwen3, arXiv:2505.09388, section 2 (normalized queries and keys).
 Multi-head attention is num_kv_heads == num_heads, multi-query is num_kv_heads == 1.
+Keys and values of an earlier layer in place of own ones (`shared`) are cross-layer
+attention, Brandon et al. 2024, arXiv:2405.12981, section 2.2.
 Deviations: in a bidirectional model a window is symmetric, `window // 2` to each side,
 and linear biases fall with the absolute distance; all options are off by default.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +108,21 @@ class AttentionOptions:
     return patterns.Causal() if causal else patterns.Full()
 
 
+class Keys(NamedTuple):
+  """What a layer lends to those that have no keys and values of their own.
+
+  Attributes:
+    k_BLGK: keys of the tokens at hand, rotated.
+    v_BLGK: their values.
+    cache: None without a state; of full attention the cache with these tokens in it, of
+      a window the one without them.
+  """
+
+  k_BLGK: jax.Array
+  v_BLGK: jax.Array
+  cache: Cache | None
+
+
 class Attention(nn.Module):
   """Grouped-query attention.
 
@@ -117,6 +135,7 @@ class Attention(nn.Module):
   """
 
   options_cls = AttentionOptions
+  lends_keys = True
 
   options: AttentionOptions
   embed_dim: int
@@ -128,49 +147,56 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BLD: jax.Array,
-    state: Cache | None = None,
+    state: Cache | tuple[()] | None = None,
     *,
     positions: jax.Array,
     segments: jax.Array,
-    shared: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
+    shared: Keys | None = None,
+    lend: bool = False,
+  ) -> tuple[jax.Array, Any] | tuple[jax.Array, Any, Keys]:
     """Mixes positions; see the mixer contract in effjax.models.decoder.
 
     Args:
       x_BLD: normalized activations.
-      state: cache of the tokens before these, or None to attend within x alone.
+      state: cache of the tokens before these, or None to attend within x alone; empty
+        with `shared`.
       positions: int32 `[B, L]`, restarting with each segment.
       segments: int32 `[B, L]`; tokens of different segments do not see each other,
         segment 0 is padding (right of the tokens).
-      shared: rotated keys `[B, L, G, K]` and values of an earlier layer, used in place
-        of this layer's own.
+      shared: what an earlier layer of the same options lends: this layer then has no
+        keys, values and cache, and hands back the state as it came.
+      lend: whether to return what later layers need as `shared`.
 
     Returns:
-      Mixed activations `[B, L, D]` and the updated cache (None without state).
+      Mixed activations `[B, L, D]` and the updated cache (None without state); with
+      `lend` its keys, too.
     """
     if state is not None and not self.causal:
       raise errors.InputError("bidirectional attention cannot decode step by step")
     opts = self.options
     q_BLHK = self._heads(x_BLD, "q", opts.num_heads, "heads")
     q_BLHK = self._placed(q_BLHK, "q_norm", positions)
-    k_BLGK, v_BLGK = shared if shared is not None else self._keys(x_BLD, positions)
-    y_BLHK, state = self._attend(q_BLHK, k_BLGK, v_BLGK, state, segments)
-    return self._output(y_BLHK), state
+    if shared is not None:
+      y_BLHK, _ = self._attend(q_BLHK, shared, segments)
+      return self._output(y_BLHK, None), state
+    k_BLGK, v_BLGK = self._keys(x_BLD, positions)
+    if isinstance(state, kv.KVCache):
+      state = kv.append(state, k_BLGK, v_BLGK, segments > 0)
+    keys = Keys(k_BLGK, v_BLGK, state)
+    y_BLHK, state = self._attend(q_BLHK, keys, segments)
+    y_BLD = self._output(y_BLHK, "v")
+    return (y_BLD, state, keys) if lend else (y_BLD, state)
 
   def _attend(
-    self,
-    q_BLHK: jax.Array,
-    k_BLGK: jax.Array,
-    v_BLGK: jax.Array,
-    state: Cache | None,
-    segments: jax.Array,
+    self, q_BLHK: jax.Array, keys: Keys, segments: jax.Array
   ) -> tuple[jax.Array, Cache | None]:
-    """Attention within the tokens, or over the cache and the tokens."""
+    """Attention within the tokens, or over the cache and the tokens; and the cache."""
     opts = self.options
+    k_BLGK, v_BLGK, cache = keys
     slopes = alibi.slopes(opts.num_heads) if opts.position == "alibi" else None
     extras = {"slopes_H": slopes, "logit_cap": opts.logit_cap}
     pattern = opts.pattern(self.causal)
-    if state is None:
+    if cache is None:
       y_BLHK = attention_ops.attention(
         q_BLHK,
         k_BLGK,
@@ -182,22 +208,21 @@ class Attention(nn.Module):
         **extras,
       )
       return y_BLHK, None
-    if isinstance(state, window_cache.WindowCache):
+    if isinstance(cache, window_cache.WindowCache):
       return window_cache.attend(
-        state, q_BLHK, k_BLGK, v_BLGK, segments > 0, pattern=pattern, **extras
+        cache, q_BLHK, k_BLGK, v_BLGK, segments > 0, pattern=pattern, **extras
       )
-    offset_B = state.length_B
-    state = kv.append(state, k_BLGK, v_BLGK, segments > 0)
+    before_B = cache.length_B - jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
     y_BLHK = attention_ops.cached_attention(
       q_BLHK,
-      state.k_BGSK,
-      state.v_BGSK,
-      offset_B[:, None] + jnp.arange(q_BLHK.shape[1])[None, :],
-      state.length_B,
+      cache.k_BGSK,
+      cache.v_BGSK,
+      before_B[:, None] + jnp.arange(q_BLHK.shape[1])[None, :],
+      cache.length_B,
       pattern=pattern,
       **extras,
     )
-    return y_BLHK, state
+    return y_BLHK, cache
 
   def _keys(
     self, x_BLD: jax.Array, positions: jax.Array
@@ -231,8 +256,8 @@ class Attention(nn.Module):
     y = y.reshape(*x_BLD.shape[:2], num_heads, head_dim)
     return shard(y, ("batch", "length", axis, None))
 
-  def _output(self, y_BLHK: jax.Array) -> jax.Array:
-    """Projects heads back to the width of the model."""
+  def _output(self, y_BLHK: jax.Array, reads: str | None) -> jax.Array:
+    """Projects heads back to the width of the model; `reads` names own values."""
     opts = self.options
     y_BLHK = shard(y_BLHK, ("batch", "length", "heads", None))
     out = weight_lib.weight(
@@ -242,7 +267,7 @@ class Attention(nn.Module):
       (opts.num_heads * opts.head_dim, self.embed_dim),
       axes=("heads", "embed"),
       head_dim=opts.head_dim,
-      reads="v",
+      reads=reads,
     )
     y_BLD = verbs.contract(y_BLHK.reshape(*y_BLHK.shape[:2], -1), out)
     return self._biased(y_BLD, "o", "embed")

@@ -1,0 +1,1 @@
+"""Sweeps: one recipe at many points, by any number of workers."""
