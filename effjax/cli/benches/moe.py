@@ -8,12 +8,15 @@ runs counts. Dropless takes whatever comes, capacity drops what exceeds 1.25 eve
 shares, dense is the reference that computes every expert for every token.
 
 `flops` is what a forward pass multiplies over what it must: three products of 2 D F a
-token and expert. Of dropless the rows are those of the routing that was timed.
+token and expert. Of dropless the products are those in the compiled program, each as
+often as the routing that was timed runs it.
 """
 
+import collections
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.cli import timing
-from effjax.measure import flops
+from effjax.measure import flops, hlo
 from effjax.nn.mlps import moe
 from effjax.ops.moe import grouped
 
@@ -146,20 +149,37 @@ def _lane(
 
 
 def _flops(module: moe.MoE, params: Any, x_BLD: jax.Array) -> float:
-  """Multiplied over needed, forward, the router left out of both."""
+  """Multiplied over needed, forward; router and weighted sums left out of both."""
   opts = module.options
   num_tokens, width = x_BLD.shape[1:]
   unit = 3 * 2 * width * opts.width(width)
   needed = unit * num_tokens * opts.k
+  apply = lambda x_BLD: module.apply({"params": params}, x_BLD)
+  router = 2 * num_tokens * width * opts.num_experts
   if opts.dispatch == "dropless":
     logits_TE = x_BLD[0] @ params["router"]
     chosen = np.asarray(jax.lax.top_k(logits_TE, opts.k)[1])
     sizes = np.bincount(chosen.ravel(), minlength=opts.num_experts).tolist()
-    return unit * grouped.computed_rows(sizes) / needed
-  apply = lambda x_BLD: module.apply({"params": params}, x_BLD)
-  router = 2 * num_tokens * width * opts.num_experts
+    text = jax.jit(apply).lower(x_BLD).compile().as_text()
+    return (executed(text, sizes) - router) / needed
   gates = _gate_flops(opts, num_tokens, width)
   return (flops.dot_flops(apply, x_BLD) - router - gates) / needed
+
+
+def executed(text: str, group_sizes: Sequence[int]) -> int:
+  """FLOPs of the products of a compiled program of grouped products.
+
+  Args:
+    text: of the program.
+    group_sizes: rows of each group, which say how often each window runs.
+  """
+  times = collections.Counter(grouped.window_rows(group_sizes))
+  found = 0
+  for shape, cost in hlo.dots(text):
+    # A window's product has its rows; any other product of the program runs once.
+    is_window = len(shape) == 2 and shape[0] in grouped.WINDOW_SIZES
+    found += cost * (times[shape[0]] if is_window else 1)
+  return found
 
 
 def _gate_flops(opts: moe.MoEOptions, num_tokens: int, width: int) -> int:

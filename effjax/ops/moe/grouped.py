@@ -25,6 +25,8 @@ from effjax.core import config, counting
 # of 64 takes 1.6 times as long a row as one of 256.
 _BLOCK = 256
 _PARTS = 8
+# Rows a window may have by default.
+WINDOW_SIZES = tuple(range(_BLOCK // _PARTS, _BLOCK + 1, _BLOCK // _PARTS))
 
 
 class Choice(NamedTuple):
@@ -74,10 +76,20 @@ def grouped_matmul(
   return _grouped(_rows(block, x_TD.shape[0]), x_TD, w_EDF, group_sizes_E)
 
 
-def computed_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> int:
-  """Rows that are multiplied for groups of these sizes; each takes 2 D F FLOPs."""
+def window_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> list[int]:
+  """Rows of each window that is multiplied for groups of these sizes.
+
+  Args:
+    group_sizes: rows of each group.
+    block: rows of a full window, not more than there are rows in all.
+  """
   part = max(1, block // _PARTS)
-  return sum(-(-int(size) // part) * part for size in group_sizes)
+  found = []
+  for size in map(int, group_sizes):
+    found += [block] * (size // block)
+    rest = size % block
+    found += [-(-rest // part) * part] if rest else []
+  return found
 
 
 class _Rows(NamedTuple):
@@ -218,6 +230,6 @@ def _countable(x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Arr
   num_rows, num_groups = x_TD.shape[0], w_EDF.shape[0]
   share, rest = divmod(num_rows, num_groups)
   even = [share + (expert < rest) for expert in range(num_groups)]
-  wasted = computed_rows(even) - num_rows
+  wasted = sum(window_rows(even)) - num_rows
   x_TD = jnp.pad(x_TD, ((0, wasted), (0, 0)))
   return lax.ragged_dot(x_TD, w_EDF, sizes_E)[:num_rows]
