@@ -98,7 +98,7 @@ def _experts(plan: plan_lib.Plan) -> list[dict[str, Any]]:
     if options.router == "expert_choice":
       dispatch = options.router
     elif dispatch == "dropless":
-      product = grouped.choose(jax.default_backend())
+      product = grouped.choose(jax.default_backend(), plan.model.precision.dtype)
     found.setdefault((dispatch, *product), []).append(index)
   return [
     {

@@ -1,10 +1,10 @@
 """Rows sorted by expert, each times the matrix of its expert and of no other.
 
 `jax.lax.ragged_dot` computes exactly this. It is native on TPUs; elsewhere it takes
-every row times the matrix of every expert. `grouped_matmul` calls it on a TPU, and on
-every other platform takes windows: an expert multiplies `block` of its rows at a time,
-and what is left in one window of as many eighths of a block as it takes. That window
-reaches into the next group. Groups are taken in order, so what was computed for rows of
+every row times the matrix of every expert. `grouped_matmul` calls it on a TPU, a kernel
+of `grouped_triton` on a GPU, and everywhere else takes windows: an expert multiplies
+`block` of its rows at a time, and what is left in one window of as many eighths of a
+block as it takes. That window reaches into the next group. Groups are taken in order, so what was computed for rows of
 another expert is overwritten by their own; only the gradient of the matrices needs a
 mask. An empty group costs nothing, and a sixteenth of a block is wasted on average.
 
@@ -18,8 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from effjax.core import config, counting
+from effjax.ops.moe import grouped_triton
 
 # Rows of a full window, measured on two CPU cores: a product of few rows is slow, one
 # of 64 takes 1.6 times as long a row as one of 256.
@@ -36,14 +38,17 @@ class Choice(NamedTuple):
   reason: str
 
 
-def choose(platform: str) -> Choice:
-  """Which form runs on a platform, as JAX names it."""
+def choose(platform: str, dtype: DTypeLike = jnp.float32) -> Choice:
+  """Which form runs on a platform, as JAX names it, for rows of a dtype."""
   if platform == "tpu":
     return Choice("ragged_dot", "TPUs multiply each row by its own expert only")
-  return Choice(
-    "windows",
-    f"on {platform} ragged_dot multiplies every row by the matrix of every expert",
-  )
+  dense = f"on {platform} ragged_dot multiplies every row by the matrix of every expert"
+  if platform != "gpu":
+    return Choice("windows", dense)
+  name = jnp.dtype(dtype).name
+  if name not in grouped_triton.DTYPES:
+    return Choice("windows", f"{dense}, and the kernel takes no {name}")
+  return Choice("triton", dense)
 
 
 def grouped_matmul(
@@ -60,17 +65,20 @@ def grouped_matmul(
     w_EDF: a matrix a group, in the dtype of x.
     group_sizes_E: rows of each group, int32; rows past their sum give zeros, and their
       gradients are zero.
-    block: rows of a full window, 256 by default, rounded up to whole eighths; does not
-      change results.
+    block: takes windows on every platform, a full one of so many rows (256 where it is
+      None), rounded up to whole eighths; does not change results.
 
   Raises:
     InputError: a block under 1.
   """
   if block is None:
-    if choose(jax.default_backend()).name == "ragged_dot":
+    name = choose(jax.default_backend(), x_TD.dtype).name
+    if name == "ragged_dot":
       return lax.ragged_dot(x_TD, w_EDF, group_sizes_E)
     if counting.active():
       return _countable(x_TD, w_EDF, group_sizes_E)
+    if name == "triton":
+      return grouped_triton.grouped_matmul(x_TD, w_EDF, group_sizes_E)
     block = _BLOCK
   config.require(block >= 1, f"block={block} must be at least 1")
   return _grouped(_rows(block, x_TD.shape[0]), x_TD, w_EDF, group_sizes_E)
