@@ -4,9 +4,10 @@
 every row times the matrix of every expert. `grouped_matmul` calls it on a TPU, a kernel
 of `grouped_triton` on a GPU, and everywhere else takes windows: an expert multiplies
 `block` of its rows at a time, and what is left in one window of as many eighths of a
-block as it takes. That window reaches into the next group. Groups are taken in order, so what was computed for rows of
-another expert is overwritten by their own; only the gradient of the matrices needs a
-mask. An empty group costs nothing, and a sixteenth of a block is wasted on average.
+block as it takes. That window reaches into the next group. Groups are taken in order,
+so what was computed for rows of another expert is overwritten by their own; only the
+gradient of the matrices needs a mask. An empty group costs nothing, and a sixteenth of
+a block is wasted on average.
 
 Letters: M rows of a window, W windows.
 """
