@@ -44,7 +44,7 @@ class _Lane:
   gradient: Any
   args: tuple[Any, ...]
   temp_bytes: int
-  flops: float
+  flops: float | None
   load_max: float
   dropped: float
   forward_secs: list[float] = dataclasses.field(default_factory=list)
@@ -148,8 +148,11 @@ def _lane(
   )
 
 
-def _flops(module: moe.MoE, params: Any, x_BLD: jax.Array) -> float:
-  """Multiplied over needed, forward; router and weighted sums left out of both."""
+def _flops(module: moe.MoE, params: Any, x_BLD: jax.Array) -> float | None:
+  """Multiplied over needed, forward; router and weighted sums left out of both.
+
+  None where the products are a kernel's, which no program shows.
+  """
   opts = module.options
   num_tokens, width = x_BLD.shape[1:]
   unit = 3 * 2 * width * opts.width(width)
@@ -157,6 +160,8 @@ def _flops(module: moe.MoE, params: Any, x_BLD: jax.Array) -> float:
   apply = lambda x_BLD: module.apply({"params": params}, x_BLD)
   router = 2 * num_tokens * width * opts.num_experts
   if opts.dispatch == "dropless":
+    if grouped.choose(jax.default_backend()).name != "windows":
+      return None
     logits_TE = x_BLD[0] @ params["router"]
     chosen = np.asarray(jax.lax.top_k(logits_TE, opts.k)[1])
     sizes = np.bincount(chosen.ravel(), minlength=opts.num_experts).tolist()

@@ -4,18 +4,19 @@
 |------------------|--------|----------------------------|----------------------------|
 | `selective_scan` | 1      | `step.selective_step`      | reads the state once       |
 | `selective_scan` | more   | `selective.selective_scan` | states stay in the cache   |
+|                  | on GPU | `selective_triton` kernels | states stay in registers   |
 | `s4d`            | 1      | `step.s4d_step`            | reads the state once       |
 | `s4d`            | more   | `s4d.s4d`                  | products of whole chunks   |
 
-The length is static, so the choice costs nothing at run time. It is the same on every
-platform.
+The length is static, so the choice costs nothing at run time.
 """
 
 import jax
 import jax.numpy as jnp
 
+from effjax.core import counting
 from effjax.ops.ssm import s4d as s4d_ops
-from effjax.ops.ssm import selective, step
+from effjax.ops.ssm import selective, selective_triton, step
 
 selective_step = step.selective_step
 s4d_step = step.s4d_step
@@ -41,7 +42,9 @@ def selective_scan(
     InputError: shapes that do not fit, or a chunk below 1.
   """
   if x_BLI.shape[1] != 1:
-    return selective.selective_scan(
+    on_gpu = jax.default_backend() == "gpu" and not counting.active()
+    scan = selective_triton.selective_scan if on_gpu else selective.selective_scan
+    return scan(
       x_BLI,
       dt_BLI,
       a_NI,

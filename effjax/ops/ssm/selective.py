@@ -63,13 +63,7 @@ def selective_scan(
   require(chunk >= 1, f"the scan's chunk must be at least 1 token, not {chunk}")
   num_rows, length, channels = x_BLI.shape
   chunk = min(chunk, length)
-  dt_BLI = dt_BLI.astype(jnp.float32)
-  reset_ZCB = None
-  if segments_BL is not None:
-    # A token whose step size is 0 neither decays nor feeds the state.
-    dt_BLI = jnp.where(segments_BL[..., None] != 0, dt_BLI, 0.0)
-    document_BL = segment_ops.documents(segments_BL)
-    reset_ZCB = _split(jnp.diff(document_BL, axis=1, prepend=0) > 0, chunk)
+  dt_BLI, reset_BL = mask(dt_BLI, segments_BL)
   if initial_state_BNI is None:
     initial_state_BNI = jnp.zeros((num_rows, a_NI.shape[0], channels))
   y_ZCBI, state_BNI = _scan(
@@ -78,11 +72,24 @@ def selective_scan(
     a_NI.astype(jnp.float32),
     _split(b_BLN.astype(jnp.float32), chunk),
     _split(c_BLN.astype(jnp.float32), chunk),
-    reset_ZCB,
+    None if reset_BL is None else _split(reset_BL, chunk),
     initial_state_BNI.astype(jnp.float32),
   )
   y_BLI = jnp.moveaxis(y_ZCBI.reshape(-1, num_rows, channels)[:length], 1, 0)
   return y_BLI.astype(x_BLI.dtype), state_BNI
+
+
+def mask(
+  dt_BLI: jax.Array, segments_BL: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Step sizes, float32, with 0 for padding; and where a document starts."""
+  dt_BLI = dt_BLI.astype(jnp.float32)
+  if segments_BL is None:
+    return dt_BLI, None
+  # A token whose step size is 0 neither decays nor feeds the state.
+  dt_BLI = jnp.where(segments_BL[..., None] != 0, dt_BLI, 0.0)
+  document_BL = segment_ops.documents(segments_BL)
+  return dt_BLI, jnp.diff(document_BL, axis=1, prepend=0) > 0
 
 
 def check_shapes(
