@@ -151,9 +151,8 @@ def _backward(
   dstate = _pad(dstate_BNI, (0, num_states - states, width - channels))
 
   def kernel(*refs):
-    x_ref, dt_ref, a_ref, b_ref, c_ref, keep_ref, before_ref, dy_ref, dend_ref = refs[
-      :9
-    ]
+    x_ref, dt_ref, a_ref, b_ref, c_ref, keep_ref = refs[:6]
+    before_ref, dy_ref, dend_ref = refs[6:9]
     dx_ref, ddt_ref, da_ref, db_ref, dc_ref, dstate_ref, held_ref = refs[9:]
     row, block = pl.program_id(0), pl.program_id(1)
     at = pl.ds(block * _CHANNELS, _CHANNELS)
