@@ -12,9 +12,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effjax.core import config as core_config
 from effjax.core import errors
 from effjax.recipe import config as config_lib
 from effjax.recipe import files
+from effjax.sweep import search as search_lib
 
 ARG = "arg"
 # What seeds set: initialization and noise, and the order of the data.
@@ -45,23 +47,44 @@ class Sweep:
     config: `FILE[:ARG]`.
     changes: overrides that all points share.
     axes: what differs.
+    search: what chooses the points in place of the axes, or None.
   """
 
   config: str
   changes: tuple[str, ...]
   axes: tuple[Axis, ...]
+  search: search_lib.Search | None = None
 
   @property
   def fields(self) -> tuple[str, ...]:
     """Every swept field."""
+    if self.search is not None:
+      return self.search.fields
     return tuple(field for axis in self.axes for field in axis.fields)
 
   def points(self) -> list[Point]:
-    """Every combination of the axes."""
+    """Every combination of the axes; of a search, points that stand for all."""
+    if self.search is not None:
+      return self.search.corners()
     return [
       dict(zip(self.fields, itertools.chain(*rows), strict=True))
       for rows in itertools.product(*(axis.rows for axis in self.axes))
     ]
+
+  def about(self) -> dict[str, Any]:
+    """What all workers of a sweep must agree on, as plain JSON.
+
+    The values of a grid and the number of trials are not part of it: more can join.
+    """
+    found: dict[str, Any] = {
+      "config": self.config,
+      "changes": list(self.changes),
+      "fields": list(self.fields),
+    }
+    if self.search is not None:
+      found["search"] = core_config.to_dict(self.search)
+      del found["search"]["num_trials"]
+    return found
 
   def run_arguments(self, point: Point) -> tuple[str, list[str]]:
     """`FILE[:ARG]` and the overrides of a point, as `effjax run` takes them."""
@@ -116,6 +139,40 @@ def make(
     axes=(*(axis for axis in axes if not taken & set(axis.fields)), *here),
   )
   _check(sweep)
+  return sweep
+
+
+def searched(
+  reference: str,
+  changes: Sequence[str] = (),
+  *,
+  sampler: str,
+  num_trials: int,
+  ranges: Sequence[str] = (),
+  grids: Sequence[str] = (),
+) -> Sweep:
+  """The sweep whose points are chosen one after another; see `search.Search`.
+
+  Args:
+    reference: config file and argument.
+    changes: overrides that all points share.
+    sampler: "tpe" or "random".
+    num_trials: points to try in all.
+    ranges: "FIELD=LOW:HIGH" each, with ":log" behind for factors.
+    grids: "FIELD=VALUE,VALUE" each, values to choose from.
+
+  Raises:
+    InputError: nothing to search, no range, a field twice.
+  """
+  search = search_lib.Search(
+    sampler=sampler,
+    num_trials=num_trials,
+    ranges=tuple(map(search_lib.parse_range, ranges)),
+    choices=_parsed(grids, "--grid"),
+  )
+  config = _from_file(reference).get("config", reference)
+  sweep = Sweep(config=config, changes=tuple(changes), axes=(), search=search)
+  _check_fields(sweep)
   return sweep
 
 
@@ -232,6 +289,10 @@ def _check(sweep: Sweep) -> None:
       f"nothing to sweep: give --grid FIELD=VALUE,VALUE or --seeds 3, or a "
       f"get_sweep() in {sweep.config}"
     )
+  _check_fields(sweep)
+
+
+def _check_fields(sweep: Sweep) -> None:
   for field in sweep.fields:
     if sweep.fields.count(field) > 1:
       raise errors.InputError(f"{field} is swept twice; name it once")

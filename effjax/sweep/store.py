@@ -27,6 +27,7 @@ from sqlalchemy import exc as sqlalchemy_exc
 
 from effjax.core import config as core_config
 from effjax.core import errors
+from effjax.sweep import search as search_lib
 
 HEARTBEAT_SECS = 30
 # Heartbeats that may fail to come before a worker counts as dead.
@@ -54,13 +55,15 @@ class State:
   """How far the points of this worker are.
 
   Attributes:
-    numbers: all of them.
+    numbers: those there are.
     open: those that wait or run.
+    num_missing: how many more a search has yet to choose.
     failed: those that have no result, with the reason.
   """
 
   numbers: tuple[int, ...]
   open: tuple[int, ...]
+  num_missing: int
   failed: Mapping[int, str]
 
 
@@ -87,6 +90,7 @@ class Store:
     root.mkdir(parents=True, exist_ok=True)
     self._root, self._heartbeat_secs = root.resolve(), heartbeat_secs
     self._points: list[Mapping[str, str]] = []
+    self._search: search_lib.Search | None = None
     url = url or f"sqlite:///{self._root / 'sweep.db'}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with self._locked(), _reaching(url), _quiet():
@@ -103,16 +107,17 @@ class Store:
       self._id = self._storage.get_study_id_from_name(self._root.name)
 
   def join(
-    self, about: Mapping[str, object], points: Sequence[Mapping[str, str]]
-  ) -> dict[int, Mapping[str, str]]:
+    self,
+    about: Mapping[str, object],
+    points: Sequence[Mapping[str, str]] = (),
+    search: search_lib.Search | None = None,
+  ) -> None:
     """Adds the points that are not there yet; those that crashed wait again.
 
     Args:
       about: what all points share, plain JSON, the same for every worker.
       points: what this worker runs.
-
-    Returns:
-      Every point of the study, by number.
+      search: what chooses points, where they are not given; `claim` asks it.
 
     Raises:
       InputError: the study is one of something else.
@@ -132,10 +137,15 @@ class Store:
       for number, point in enumerate(missing, start=len(known)):
         _add(self._study, {"number": number, "point": point})
       self._points = [dict(point) for point in points]
+      self._search = search
       for trial in self._own():
         failed = trial.state == TrialState.FAIL
         if failed and trial.user_attrs["reason"] != DIVERGED:
           _wait_again(self._study, trial)
+
+  def points(self) -> dict[int, Mapping[str, str]]:
+    """Every point of the study, by number."""
+    with self._locked():
       return {n: t.user_attrs["point"] for n, t in self._latest().items()}
 
   def claim(self) -> Trial | None:
@@ -144,17 +154,38 @@ class Store:
       with _quiet():
         storages.fail_stale_trials(self._study)
       waiting = [t for t in self._own() if t.state == TrialState.WAITING]
+      if not waiting and self._num_missing():
+        self._ask()
+        waiting = [t for t in self._own() if t.state == TrialState.WAITING]
       if not waiting:
         return None
       trial = min(waiting, key=lambda t: t.user_attrs["number"])
-      key = self._storage.get_trial_id_from_study_id_trial_number(
-        self._id, trial.number
-      )
+      key = self._key(trial.number)
       # First the sign of life: a worker that dies in between leaves a waiting trial.
       self._storage.record_heartbeat(key)
       self._storage.set_trial_state_values(key, TrialState.RUNNING)
       attrs = trial.user_attrs
       return Trial(number=attrs["number"], point=attrs["point"], key=key)
+
+  def _num_missing(self) -> int:
+    """Points a search has yet to choose."""
+    if self._search is None:
+      return 0
+    return max(self._search.num_trials - len(self._latest()), 0)
+
+  def _ask(self) -> None:
+    """Adds a waiting trial at a point that the search chooses."""
+    number = len(self._latest())
+    with _quiet():
+      asked, point = self._search.ask(self._study, number)
+    # Asked trials run at once; here all of them wait first, as those of a grid do.
+    asked.set_user_attr("point", point)
+    asked.set_user_attr("number", number)
+    self._storage.set_trial_state_values(self._key(asked.number), TrialState.WAITING)
+
+  def _key(self, trial_number: int) -> int:
+    """The storage's key of one of Optuna's numbers."""
+    return self._storage.get_trial_id_from_study_id_trial_number(self._id, trial_number)
 
   @contextlib.contextmanager
   def alive(self, trial: Trial) -> Iterator[None]:
@@ -190,11 +221,12 @@ class Store:
   def state(self) -> State:
     """How far this worker's points are."""
     with self._locked():
-      own = self._own()
+      own, missing = self._own(), self._num_missing()
     number = lambda trial: trial.user_attrs["number"]
     return State(
       numbers=tuple(map(number, own)),
       open=tuple(number(t) for t in own if not t.state.is_finished()),
+      num_missing=missing,
       failed={
         number(t): t.user_attrs["reason"] for t in own if t.state == TrialState.FAIL
       },
@@ -216,11 +248,18 @@ class Store:
 
   def _latest(self) -> dict[int, FrozenTrial]:
     """The last trial of each number, in the order of numbers."""
-    trials = {t.user_attrs["number"]: t for t in self._study.get_trials(deepcopy=False)}
+    trials = {}
+    for trial in self._study.get_trials(deepcopy=False):
+      # Without a number, a worker died before it had added the trial.
+      if "number" in trial.user_attrs:
+        trials[trial.user_attrs["number"]] = trial
     return dict(sorted(trials.items()))
 
   def _own(self) -> list[FrozenTrial]:
-    return [t for t in self._latest().values() if t.user_attrs["point"] in self._points]
+    every = list(self._latest().values())
+    if self._search is not None:
+      return every
+    return [trial for trial in every if trial.user_attrs["point"] in self._points]
 
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
@@ -245,7 +284,13 @@ def _add(study: optuna.Study, attrs: Mapping[str, object]) -> None:
 
 def _wait_again(study: optuna.Study, trial: FrozenTrial) -> None:
   """A new trial in the place of one that failed or whose worker died."""
-  _add(study, {name: trial.user_attrs[name] for name in ("number", "point")})
+  again = optuna.create_trial(
+    state=TrialState.WAITING,
+    params=trial.params,
+    distributions=trial.distributions,
+    user_attrs={name: trial.user_attrs[name] for name in ("number", "point")},
+  )
+  study.add_trial(again)
 
 
 def _engine_options(url: str) -> dict[str, object]:
@@ -290,7 +335,8 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without Optuna's warning that heartbeats may change in its later versions."""
+  """Without Optuna's warnings that heartbeats may change, and are its own loop's."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", optuna_exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")
     yield

@@ -61,20 +61,20 @@ def work(
   _check(sweep, points)
   manifest.check_free(root)
   store = store_lib.Store(root, url, heartbeat_secs)
-  about = {
-    "config": sweep.config,
-    "changes": list(sweep.changes),
-    "fields": list(sweep.fields),
-  }
-  trials = store.join(about, points)
-  manifest.write(root, about, points_lib.SEED_FIELDS, trials)
+  about = sweep.about()
+  store.join(about, () if sweep.search else points, sweep.search)
+  tell = lambda: manifest.write(root, about, points_lib.SEED_FIELDS, store.points())
+  tell()
   state = store.state()
-  _say(f"{root}: {len(state.numbers)} trials, {len(state.open)} to do")
+  num_trials = len(state.numbers) + state.num_missing
+  _say(f"{root}: {num_trials} trials, {len(state.open) + state.num_missing} to do")
   worker = _Worker(sweep=sweep, root=root, store=store, command=tuple(command))
   with _forwarding(worker):
     while not worker.stopped:
       trial = store.claim()
       if trial is not None:
+        if sweep.search is not None:
+          tell()
         worker.run(trial)
         continue
       still = store.state().open

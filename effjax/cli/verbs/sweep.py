@@ -6,7 +6,8 @@ more worker. A worker that is killed is noticed within two minutes, and its tria
 over where it stood. `effjax report DIR` shows what there is so far.
 
 Values are separated by commas; the field `arg` is the ARG of the config. A config may
-say what to sweep itself, in get_sweep(); see configs/sweeps.
+say what to sweep itself, in get_sweep(); see configs/sweeps. With --search, points are
+chosen one after another, for the lowest loss of the last stage.
 
 Examples:
   effjax sweep --config configs/sweeps/parameters.py
@@ -14,6 +15,8 @@ Examples:
   effjax sweep --config configs/mixers/recall.py --grid arg=mamba2,deltanet
   effjax sweep --config configs/quickstart.py \
     --list model.embed_dim=64,128 --list model.num_layers=8,2 --workdir runs/shapes
+  effjax sweep --config configs/quickstart.py:smoke --search tpe --trials 20 \
+    --range stages[0].options.optimizer.learning_rate=0.001:0.1:log
 """
 
 import argparse
@@ -44,6 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--seeds", metavar="N|S,S", help="how many seeds, or which; sets seed and data.seed"
   )
   parser.add_argument(
+    "--search", metavar="SAMPLER", help="tpe (learns from the losses so far) or random"
+  )
+  parser.add_argument(
+    "--range",
+    action="append",
+    default=[],
+    metavar="FIELD=LOW:HIGH",
+    help="numbers to search in, ':log' behind for factors; repeatable",
+  )
+  parser.add_argument(
+    "--trials", type=int, metavar="N", help="points a search tries (20)"
+  )
+  parser.add_argument(
     "--workdir",
     type=pathlib.Path,
     metavar="DIR",
@@ -66,9 +82,23 @@ def main(args: argparse.Namespace) -> None:
   from effjax.report import compare, folder
   from effjax.sweep import points, worker
 
-  sweep = points.make(
-    args.config, args.overrides, grids=args.grid, lists=args.list, seeds=args.seeds
-  )
+  if args.search is None:
+    if args.range or args.trials is not None:
+      raise errors.InputError("--range and --trials need --search tpe or random")
+    sweep = points.make(
+      args.config, args.overrides, grids=args.grid, lists=args.list, seeds=args.seeds
+    )
+  else:
+    if args.list or args.seeds:
+      raise errors.InputError("--search takes --range and --grid, no --list or --seeds")
+    sweep = points.searched(
+      args.config,
+      args.overrides,
+      sampler=args.search,
+      num_trials=20 if args.trials is None else args.trials,
+      ranges=args.range,
+      grids=args.grid,
+    )
   root = args.workdir or points.default_workdir(args.config)
   outcome = worker.work(sweep, root, args.store)
   if len(outcome.failed) < outcome.num_trials:
