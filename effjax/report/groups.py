@@ -41,7 +41,8 @@ def value(config: Mapping[str, Any], field: str) -> str:
     elif isinstance(at, list) and step.isdigit() and int(step) < len(at):
       at = at[int(step)]
     else:
-      allowed = at if isinstance(at, Mapping) else range(len(at or ()))
+      items = len(at) if isinstance(at, list) else 0
+      allowed = at if isinstance(at, Mapping) else map(str, range(items))
       raise errors.unknown(f"step {step!r} of --by", field, allowed)
   return at if isinstance(at, str) else repr(at)
 

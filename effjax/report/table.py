@@ -245,8 +245,8 @@ _RUNS = _spec(
   "runs",
   "runs",
   "Runs of the group, which differ in the seed only.",
-  lambda row: row["runs"],
-  str,
+  lambda row: float(row["runs"]),
+  lambda v: f"{v:.0f}",
   priority=1,
 )
 _SPECS = (
