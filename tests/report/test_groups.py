@@ -71,5 +71,5 @@ def test_fields_are_looked_up_in_configs():
   assert groups.value(config, "model.pattern") == "['a']"
   with pytest.raises(errors.InputError, match="did you mean 'width'"):
     groups.value(config, "model.widht")
-  with pytest.raises(errors.InputError, match=r"step '3' of --by 'stages\[3\]'"):
+  with pytest.raises(errors.InputError, match=r"step '3' of --by 'stages\[3\].name'"):
     groups.value(config, "stages[3].name")
