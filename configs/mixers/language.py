@@ -27,14 +27,15 @@ from effjax.models import decoder
 
 NUM_PARAMS = 1_100_000
 HEADS = {"num_heads": 4, "head_dim": 32}
+ATTENTION = HEADS | {"num_kv_heads": 4}
 MAMBA2 = {"head_dim": 64, "state_dim": 32, "chunk": 32}
 # Pattern, and the options of its mixers.
 MIXERS = {
-  "attention": {"attention": HEADS | {"num_kv_heads": 4}},
+  "attention": {"attention": ATTENTION},
   "mla": {"mla": HEADS | {"value_dim": 32, "rope_dim": 16, "kv_rank": 64}},
-  "longformer": {"longformer": HEADS | {"window": 64}},
+  "longformer": {"longformer": ATTENTION | {"window": 64}},
   "bigbird": {
-    "bigbird": HEADS | {"block": 32, "num_global_blocks": 1, "num_random": 1}
+    "bigbird": ATTENTION | {"block": 32, "num_global_blocks": 1, "num_random": 1}
   },
   "linear_attention": {"linear_attention": HEADS},
   "performer": {"performer": HEADS | {"num_features": 128}},
@@ -45,7 +46,7 @@ MIXERS = {
   "s4d": {"s4d": {}},
   "mamba1": {"mamba1": {}},
   "mamba2": {"mamba2": MAMBA2},
-  "hybrid": {"mamba2": MAMBA2, "attention": HEADS | {"num_kv_heads": 4}},
+  "hybrid": {"mamba2": MAMBA2, "attention": ATTENTION},
 }
 _EMBED_DIM, _NUM_LAYERS = 128, 4
 

@@ -46,9 +46,9 @@ ATTENTION = HEADS | {"num_kv_heads": 4, "bias": True}
 MIXERS = {
   "attention": {"attention": ATTENTION},
   "mla": {"mla": HEADS | {"value_dim": 16, "rope_dim": 8, "kv_rank": 32}},
-  "longformer": {"longformer": HEADS | {"window": 32}},
+  "longformer": {"longformer": ATTENTION | {"window": 32}},
   "bigbird": {
-    "bigbird": HEADS | {"block": 16, "num_global_blocks": 1, "num_random": 1}
+    "bigbird": ATTENTION | {"block": 16, "num_global_blocks": 1, "num_random": 1}
   },
   "linear_attention": {"linear_attention": HEADS | {"chunk": 32}},
   "performer": {"performer": HEADS | {"num_features": 64, "chunk": 32}},

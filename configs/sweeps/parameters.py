@@ -10,12 +10,12 @@ the text for all; three seeds each.
 
 | name | MLPs | active | total |
 | --- | --- | ---: | ---: |
-| dense | SwiGLU of 384 | 1.11 M | 1.11 M |
+| dense | SwiGLU of 384 | 1.12 M | 1.12 M |
 | moe-active | 8 experts of 192, 2 a token | 1.12 M | 2.89 M |
 | moe-total | 8 experts of 48, 2 a token | 0.68 M | 1.12 M |
-| low-rank | SwiGLU of 640, every matrix of rank 64 | 1.11 M | 1.11 M |
-| shared-active | dense, every two layers the same parameters | 1.11 M | 0.69 M |
-| shared-total | SwiGLU of 936, likewise | 1.97 M | 1.11 M |
+| low-rank | SwiGLU of 640, every matrix of rank 64 | 1.12 M | 1.12 M |
+| shared-active | dense, every two layers the same parameters | 1.12 M | 0.69 M |
+| shared-total | SwiGLU of 936, likewise | 1.96 M | 1.11 M |
 
 (A parameter that two layers share is used twice: it counts twice as active.)
 
