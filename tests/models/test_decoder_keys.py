@@ -146,6 +146,7 @@ def test_layers_that_belong_together_are_scanned_together():
     ({"share_keys": 0}, "share_keys must be positive"),
     ({"share": 2}, "cannot both be more than 1"),
     ({"pattern": ("mamba2",)}, "'mamba2' has no keys and values"),
+    ({"pattern": ("longformer",)}, "'longformer' has no keys and values"),
     (
       {"pattern": ("mamba2", "attention")},
       r"layer 1 \(attention\) the keys of layer 0",

@@ -77,11 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
   """Runs the verb."""
+  import jax
+
   from effjax.cli import tables
   from effjax.core import errors
   from effjax.report import compare, folder
   from effjax.sweep import points, worker
 
+  # The accelerator is for the runs, which are processes of their own.
+  jax.config.update("jax_platforms", "cpu")
   if args.search is None:
     if args.range or args.trials is not None:
       raise errors.InputError("--range and --trials need --search tpe or random")

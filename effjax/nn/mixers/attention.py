@@ -179,10 +179,7 @@ class Attention(nn.Module):
     if shared is not None:
       y_BLHK, _ = self._attend(q_BLHK, shared, segments)
       return self._output(y_BLHK, None), state
-    k_BLGK, v_BLGK = self._keys(x_BLD, positions)
-    if isinstance(state, kv.KVCache):
-      state = kv.append(state, k_BLGK, v_BLGK, segments > 0)
-    keys = Keys(k_BLGK, v_BLGK, state)
+    keys = self._keys(x_BLD, state, positions, segments)
     y_BLHK, state = self._attend(q_BLHK, keys, segments)
     y_BLD = self._output(y_BLHK, "v")
     return (y_BLD, state, keys) if lend else (y_BLD, state)
@@ -225,11 +222,19 @@ class Attention(nn.Module):
     return y_BLHK, cache
 
   def _keys(
-    self, x_BLD: jax.Array, positions: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    x_BLD: jax.Array,
+    cache: Cache | None,
+    positions: jax.Array,
+    segments: jax.Array,
+  ) -> Keys:
+    """This layer's own keys and values, in the cache if it holds all of them."""
     k_BLGK = self._heads(x_BLD, "k", self.options.num_kv_heads, "kv")
     k_BLGK = self._placed(k_BLGK, "k_norm", positions)
-    return k_BLGK, self._heads(x_BLD, "v", self.options.num_kv_heads, "kv")
+    v_BLGK = self._heads(x_BLD, "v", self.options.num_kv_heads, "kv")
+    if isinstance(cache, kv.KVCache):
+      cache = kv.append(cache, k_BLGK, v_BLGK, segments > 0)
+    return Keys(k_BLGK, v_BLGK, cache)
 
   def _placed(self, x_BLHK: jax.Array, name: str, positions: jax.Array) -> jax.Array:
     """Queries or keys, normalized and rotated as the options say."""

@@ -95,6 +95,7 @@ class Longformer(attention.Attention):
   """
 
   options_cls = LongformerOptions
+  lends_keys = False
 
   options: LongformerOptions
 
@@ -126,12 +127,9 @@ class Longformer(attention.Attention):
       raise errors.InputError("bidirectional longformer cannot decode step by step")
     q_BLHK = self._heads(x_BLD, "q", self.options.num_heads, "heads")
     q_BLHK = self._placed(q_BLHK, "q_norm", positions)
-    y_BLHK, local = self._attend(
-      q_BLHK,
-      *self._keys(x_BLD, positions),
-      None if state is None else state.local,
-      segments,
-    )
+    cache = None if state is None else state.local
+    keys = self._keys(x_BLD, cache, positions, segments)
+    y_BLHK, local = self._attend(q_BLHK, keys, segments)
     if state is None:
       places_BL, _ = masks.documents(segments)
       far_BLHK = self._far(x_BLD, positions, segments, places_BL)
@@ -141,7 +139,7 @@ class Longformer(attention.Attention):
       state = LongformerState(local=local, far=far)
     far_BL11 = (places_BL < self.options.num_global)[:, :, None, None]
     y_BLHK = jnp.where(far_BL11, far_BLHK, y_BLHK)
-    return self._output(y_BLHK), state
+    return self._output(y_BLHK, "v"), state
 
   def _far(
     self,

@@ -175,16 +175,17 @@ def test_the_implementation_does_not_change_results():
 def test_shared_keys_take_the_place_of_its_own():
   module, params = _build(position="none")
   k, v = jax.random.normal(jax.random.key(3), (2, ROWS, LENGTH, 2, 8))
+  keys = lambda k, v: attention.Keys(k, v, None)
   call = lambda shared: module.apply(
     params, X, positions=POSITIONS, segments=SEGMENTS, shared=shared
   )[0]
   apply = jax.jit(call)
-  assert float(jnp.max(jnp.abs(apply((k, v)) - apply(None)))) > 0.1
+  assert float(jnp.max(jnp.abs(apply(keys(k, v)) - apply(None)))) > 0.1
   # Linear in the values, and no keys of its own are declared.
-  _close(apply((k, 2 * v)), 2 * apply((k, v)))
+  _close(apply(keys(k, 2 * v)), 2 * apply(keys(k, v)))
   declared = jax.eval_shape(
     lambda: module.init(
-      jax.random.key(0), X, positions=POSITIONS, segments=SEGMENTS, shared=(k, v)
+      jax.random.key(0), X, positions=POSITIONS, segments=SEGMENTS, shared=keys(k, v)
     )
   )
   assert set(declared["params"]) == {"q", "o"}

@@ -154,7 +154,8 @@ def _use_their_draws(model, monkeypatch):
 
     layer.attention.self._bigbird_block_rand_mask_with_head = recorded
 
-  def attend(self, q_BLHK, k_BLGK, v_BLGK, state, segments):
+  def attend(self, q_BLHK, keys, segments):
+    k_BLGK, v_BLGK, state = keys
     heads = [
       attention_ops.attention(
         q_BLHK[:, :, h : h + 1],
