@@ -10,6 +10,7 @@ from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.recipe import config as config_lib
 from effjax.recipe import files
+from effjax.sweep import points
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "mixers"
 MIXERS = tuple(files._execute(CONFIGS / "recall.py").MIXERS)
@@ -32,6 +33,13 @@ def test_every_mixer_has_its_recipe(task):
   assert tuple(known) == MIXERS
   with pytest.raises(errors.InputError, match="did you mean 'mamba2'"):
     files.read(f"{CONFIGS / task}.py:mamba3")
+
+
+@pytest.mark.parametrize("task", ["recall", "listops", "language"])
+def test_a_sweep_runs_every_mixer_with_the_first_seed(task):
+  found = points.make(f"{CONFIGS / task}.py").points()
+  assert [point["arg"] for point in found if point["seed"] == "0"] == list(MIXERS)
+  assert all(point["seed"] == point["data.seed"] for point in found)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
