@@ -13,10 +13,33 @@ Command: effjax run --config configs/mixers/language.py:attention
 Command for all: effjax sweep --config configs/mixers/language.py
 On two CPU cores give it twice at once, each with NPROC=1: models this small do not keep
 two cores busy, and two runs at a time finish about 1.5 times as many steps.
-All run with one seed, then the best five with two more; 440 steps are meant to take
-about 3 minutes a mixer on two idle CPU cores.
+All run with one seed, the best five with two more; 440 steps took 3 to 5 minutes on one
+core while another run had the other.
 
-Not run yet: no numbers to compare with.
+Result, bits per byte of 200,000 bytes (bzip2 takes 1.94; xz, having read the training
+text before, 1.50):
+
+| mixer | parameters | seed 0 | mean of three seeds | lowest to highest |
+| --- | ---: | ---: | ---: | --- |
+| hybrid | 1,097,828 | 1.695 | 1.690 | 1.681 to 1.695 |
+| mamba1 | 1,097,856 | 1.706 | 1.700 | 1.696 to 1.706 |
+| mamba2 | 1,104,304 | 1.714 | 1.713 | 1.712 to 1.714 |
+| longformer | 1,102,976 | 1.776 | 1.775 | 1.772 to 1.776 |
+| bigbird | 1,102,976 | 1.802 | 1.805 | 1.802 to 1.809 |
+| gated_deltanet | 1,097,056 | 1.810 | | |
+| attention | 1,102,976 | 1.812 | | |
+| gla | 1,103,360 | 1.832 | | |
+| s4d | 1,100,928 | 1.835 | | |
+| retnet | 1,094,784 | 1.835 | | |
+| mla | 1,099,136 | 1.845 | | |
+| deltanet | 1,099,008 | 1.864 | | |
+| linear_attention | 1,102,976 | 1.949 | | |
+| performer | 1,102,976 | 1.994 | | |
+
+So early in training, what looks at the last few tokens first wins: the Mambas have a
+convolution over four tokens, Longformer a window of 64. Full attention has to find
+locality by itself. Three layers of Mamba-2 and one of attention beat Mamba-2 alone by
+more than the seeds differ, Mamba-1 by about as much.
 """
 
 import jax
