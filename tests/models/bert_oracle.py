@@ -28,11 +28,12 @@ EMBEDDINGS = {
 
 
 def close(a, b, what="logits"):
-  """1e-4 of the largest value, or of 1."""
+  """The largest difference over the largest value or 1, which 1e-4 must hold."""
   a, b = np.asarray(a), np.asarray(b)
   assert a.shape == b.shape, what
-  limit = 1e-4 * max(1.0, float(np.max(np.abs(b))))
-  assert float(np.max(np.abs(a - b))) <= limit, what
+  difference = float(np.max(np.abs(a - b))) / max(1.0, float(np.max(np.abs(b))))
+  assert difference <= 1e-4, what
+  return difference
 
 
 def linear(state, ours, theirs):
@@ -124,6 +125,9 @@ def compare(cfg, model, mapping, inputs, tokens=None, positions=None, **ours):
     inputs: what the torch model is called with, NumPy arrays.
     tokens, positions, **ours: what ours is called with, by default the same tokens.
       With `segments`, logits of padding do not count.
+
+  Returns:
+    The largest difference of logits and gradients, see `close`.
   """
   rng = np.random.default_rng(0)
   weigh = ours.get("segments")
@@ -146,14 +150,15 @@ def compare(cfg, model, mapping, inputs, tokens=None, positions=None, **ours):
 
   (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   counted = np.abs(probe) > 0
-  close(np.asarray(got) * counted, logits * counted)
+  differences = [close(np.asarray(got) * counted, logits * counted)]
   ours = tree_lib.flatten(layers.unstack(scanned, gradient)[1])
   expected = mapping(grads)
   assert ours.keys() == expected.keys()
   for path, value in expected.items():
     # A bias of the keys moves all scores of a query alike, which softmax ignores.
     assert np.any(value != 0) or path.endswith("k_bias"), path
-    close(ours[path], value, path)
+    differences.append(close(ours[path], value, path))
+  return max(differences)
 
 
 def config(**changes):

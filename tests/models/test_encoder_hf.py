@@ -29,7 +29,7 @@ def inputs():
 
 
 def _compare(cfg, model, mapping, inputs):
-  oracle.compare(
+  difference = oracle.compare(
     cfg,
     oracle.randomized(model),
     mapping,
@@ -37,6 +37,7 @@ def _compare(cfg, model, mapping, inputs):
     segments=inputs["attention_mask"],
     token_types_BL=inputs["token_type_ids"],
   )
+  assert difference <= 1e-4
 
 
 def test_bert(transformers, inputs):
@@ -69,13 +70,14 @@ def test_bert_classifies(transformers, inputs):
     flat |= oracle.linear(state, "pooler", "bert.pooler.dense")
     return flat | oracle.linear(state, "classifier", "classifier")
 
-  oracle.compare(
+  difference = oracle.compare(
     oracle.config(num_classes=5),
     model,
     mapping,
     {k: inputs[k] for k in ("input_ids", "token_type_ids")},
     token_types_BL=inputs["token_type_ids"],
   )
+  assert difference <= 1e-4
 
 
 def test_albert_shares_layers(transformers, inputs):

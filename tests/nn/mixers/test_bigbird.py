@@ -39,6 +39,11 @@ def _build(causal, **changes):
   return module, params, x_BLD
 
 
+def _difference(a, b):
+  """The largest, over the largest value or 1."""
+  return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1))
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
 def test_equals_the_naive_form_in_outputs_and_gradients(causal):
   found = []
@@ -55,7 +60,10 @@ def test_equals_the_naive_form_in_outputs_and_gradients(causal):
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     found.append(run(params, x_BLD))
-  jax.tree.map(oracle.close, *found)
+  fast, naive = found
+  for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(naive), strict=True):
+    assert a.shape == b.shape
+    assert _difference(a, b) <= 1e-4
 
 
 def test_the_pattern_is_sparse_and_reaches_far():
@@ -88,7 +96,7 @@ def test_prompts_and_steps_equal_the_parallel_form():
       positions=index[:, part],
       segments=ones[:, part],
     )
-    oracle.close(y, whole[:, part])
+    assert _difference(y, whole[:, part]) <= 1e-4
     start += size
 
 
@@ -217,4 +225,4 @@ def test_equals_hf_transformers(draws, monkeypatch):
   mask = np.ones((2, length), np.int64)
   mask[1, -2:] = 0
   inputs = {"input_ids": oracle.tokens(length), "attention_mask": mask}
-  oracle.compare(cfg, model, oracle.bert, inputs, segments=mask)
+  assert oracle.compare(cfg, model, oracle.bert, inputs, segments=mask) <= 1e-4
