@@ -5,11 +5,11 @@ and which matrix, it reads from a table, so nothing is padded or copied, and an 
 group costs nothing. After Gale et al. 2022, arXiv:2211.15841, section 5.1, with the
 rows at the end of a group masked in place of groups padded to whole blocks.
 
-Measured on an H200 (JAX 0.11.2, bfloat16, 16,384 rows of 1,024 times 2,048, forward and
-gradient): 4 groups 0.22 and 0.35 ms, 64 groups 0.34 and 0.52 ms; `lax.ragged_dot` 0.41
-and 1.0 ms, 5.6 and 16 ms; one matrix for all rows 0.11 ms forward. Outputs and
-gradients are within 1.7e-3 of float32 ones, in norm, in float32 (which is TF32 there
-unless more is asked for) within 3e-4.
+Measured on an H200 by experiments/gpu_kernels (JAX 0.11.2, bfloat16, 16,384 rows of
+1,024 times 2,048, forward and gradient): 4 groups 0.25 and 0.38 ms, 64 groups 0.35 and
+0.56 ms; `lax.ragged_dot` 0.43 and 1.1 ms, 5.5 and 16 ms. Outputs and gradients are
+within 1.7e-3 of float32 ones, in norm, in float32 (which is TF32 there unless more is
+asked for) within 3e-4.
 
 Letters: W tiles of M rows; a tile of the product has N columns and adds up K entries at
 a time.
