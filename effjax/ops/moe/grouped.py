@@ -2,14 +2,13 @@
 
 `jax.lax.ragged_dot` computes exactly this. It is native on TPUs; elsewhere it takes
 every row times the matrix of every expert. `grouped_matmul` calls it on a TPU, a kernel
-of `grouped_triton` on a GPU, and everywhere else takes windows: an expert multiplies
-`block` of its rows at a time, and what is left in one window of as many eighths of a
-block as it takes. That window reaches into the next group. Groups are taken in order,
-so what was computed for rows of another expert is overwritten by their own; only the
-gradient of the matrices needs a mask. An empty group costs nothing, and a sixteenth of
-a block is wasted on average.
+of `grouped_triton` on a GPU, and everywhere else takes windows: a group is split evenly
+into windows of at most `block` rows, whose sizes are rounded up to whole parts of a
+block, so half a part is wasted on average and an empty group costs nothing. All windows
+of one size run in one loop, whose products have static shapes; rows a window has beyond
+its group are computed and not written.
 
-Letters: M rows of a window, W windows.
+Letters: M rows of a window, W windows, S sizes of windows.
 """
 
 import functools
@@ -24,10 +23,10 @@ from jax.typing import DTypeLike
 from effjax.core import config, counting
 from effjax.ops.moe import grouped_triton
 
-# Rows of a full window, measured on two CPU cores: a product of few rows is slow, one
-# of 64 takes 1.6 times as long a row as one of 256.
-_BLOCK = 256
-_PARTS = 8
+# Most rows of a window, measured on two CPU cores: products of fewer rows are slow (one
+# of 64 takes 1.6 times as long a row as one of 256), windows of more waste more.
+_BLOCK = 320
+_PARTS = 10
 # Rows a window may have by default.
 WINDOW_SIZES = tuple(range(_BLOCK // _PARTS, _BLOCK + 1, _BLOCK // _PARTS))
 
@@ -66,8 +65,8 @@ def grouped_matmul(
     w_EDF: a matrix a group, in the dtype of x.
     group_sizes_E: rows of each group, int32; rows past their sum give zeros, and their
       gradients are zero.
-    block: takes windows on every platform, a full one of so many rows (256 where it is
-      None), rounded up to whole eighths; does not change results.
+    block: takes windows on every platform, of at most so many rows (320 where it is
+      None); does not change results.
 
   Raises:
     InputError: a block under 1.
@@ -82,7 +81,7 @@ def grouped_matmul(
       return grouped_triton.grouped_matmul(x_TD, w_EDF, group_sizes_E)
     block = _BLOCK
   config.require(block >= 1, f"block={block} must be at least 1")
-  return _grouped(_rows(block, x_TD.shape[0]), x_TD, w_EDF, group_sizes_E)
+  return _grouped(_rows(block), x_TD, w_EDF, group_sizes_E)
 
 
 def window_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> list[int]:
@@ -90,29 +89,33 @@ def window_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> list[int]:
 
   Args:
     group_sizes: rows of each group.
-    block: rows of a full window, not more than there are rows in all.
+    block: most rows of a window, not more than there are rows in all.
   """
-  part = max(1, block // _PARTS)
+  block, part = _rows(block)
+  up = lambda rows: -(-rows // part) * part
   found = []
   for size in map(int, group_sizes):
-    found += [block] * (size // block)
-    rest = size % block
-    found += [-(-rest // part) * part] if rest else []
-  return found
+    count = max(1, -(-size // block))
+    even = up(-(-size // count))
+    found += [even] * (count - 1) + [up(size - (count - 1) * even)]
+  return [rows for rows in found if rows]
 
 
 class _Rows(NamedTuple):
-  """Rows of windows: of a full one, and by how many the smaller ones differ."""
+  """Rows of windows: the most, and by how many sizes differ."""
 
   block: int
   part: int
 
+  def sizes(self, num_rows: int) -> list[int]:
+    """Of windows, none larger than all rows: each size is compiled."""
+    sizes = range(self.part, self.block + 1, self.part)
+    return [min(size, num_rows) for size in sizes if size < num_rows + self.part]
 
-def _rows(block: int, num_rows: int) -> _Rows:
-  """Whole parts, and no window larger than all rows: each size is compiled."""
+
+def _rows(block: int) -> _Rows:
   part = max(1, block // _PARTS)
-  whole = lambda rows: -(-rows // part) * part
-  return _Rows(max(part, min(whole(block), whole(num_rows))), part)
+  return _Rows(block // part * part, part)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,95 +146,108 @@ def _product(
   rows: _Rows, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, axis: int
 ) -> jax.Array:
   """The grouped product, contracting `axis` of each matrix."""
-  num_rows = x_TD.shape[0]
-  windows = _windows(rows, num_rows, sizes_E)
-  # The last window reaches past the rows, into zeros that are cut off at the end.
-  x_TD = jnp.pad(x_TD, ((0, rows.block), (0, 0)))
 
-  def body(index: jax.Array, y_TF: jax.Array) -> jax.Array:
-    start = windows.start_W[index]
-    x_MD = lax.dynamic_slice_in_dim(x_TD, start, rows.block)
-    w_DF = lax.dynamic_index_in_dim(w_EDF, windows.expert_W[index], keepdims=False)
+  def body(window: _Window, y_TF: jax.Array) -> jax.Array:
+    w_DF = lax.dynamic_index_in_dim(w_EDF, window.expert, keepdims=False)
+    y_MF = lax.dot_general(window.rows_of(x_TD), w_DF, (((1,), (axis,)), ((), ())))
+    y_MF = jnp.where(window.own_M1, y_MF, window.rows_of(y_TF))
+    return lax.dynamic_update_slice_in_dim(y_TF, y_MF, window.start, 0)
 
-    def product(used: int, x_MD: jax.Array, w_DF: jax.Array) -> jax.Array:
-      y_MF = lax.dot_general(x_MD[:used], w_DF, (((1,), (axis,)), ((), ())))
-      return jnp.pad(y_MF, ((0, rows.block - used), (0, 0)))
-
-    y_MF = _by_rows(rows, windows.parts_W[index], product, x_MD, w_DF)
-    return lax.dynamic_update_slice_in_dim(y_TF, y_MF, start, 0)
-
-  y_TF = jnp.zeros((num_rows + rows.block, w_EDF.shape[2 - axis]), x_TD.dtype)
-  y_TF = lax.fori_loop(0, windows.count, body, y_TF)
-  used_T1 = jnp.arange(num_rows)[:, None] < jnp.sum(sizes_E)
-  return jnp.where(used_T1, y_TF[:num_rows], 0)
+  y_TF = jnp.zeros((x_TD.shape[0], w_EDF.shape[2 - axis]), x_TD.dtype)
+  return _for_windows(rows, x_TD.shape[0], sizes_E, body, y_TF)
 
 
 def _outer(
   rows: _Rows, x_TD: jax.Array, dy_TF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
   """`sum_t x[t] dy[t]^T` over the rows of each group, `[E, D, F]` float32."""
-  windows = _windows(rows, x_TD.shape[0], sizes_E)
-  ends_E = jnp.cumsum(sizes_E)
-  x_TD, dy_TF = (jnp.pad(a, ((0, rows.block), (0, 0))) for a in (x_TD, dy_TF))
 
-  def body(index: jax.Array, dw_EDF: jax.Array) -> jax.Array:
-    start, expert = windows.start_W[index], windows.expert_W[index]
-    x_MD = lax.dynamic_slice_in_dim(x_TD, start, rows.block)
-    dy_MF = lax.dynamic_slice_in_dim(dy_TF, start, rows.block)
-    own_M1 = start + jnp.arange(rows.block)[:, None] < ends_E[expert]
-    dy_MF = jnp.where(own_M1, dy_MF, 0)
-
-    def product(used: int, x_MD: jax.Array, dy_MF: jax.Array) -> jax.Array:
-      over_rows = (((0,), (0,)), ((), ()))
-      return lax.dot_general(
-        x_MD[:used], dy_MF[:used], over_rows, preferred_element_type=jnp.float32
-      )
-
-    dw_DF = _by_rows(rows, windows.parts_W[index], product, x_MD, dy_MF)
-    dw_DF += lax.dynamic_index_in_dim(dw_EDF, expert, keepdims=False)
-    return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert, 0)
+  def body(window: _Window, dw_EDF: jax.Array) -> jax.Array:
+    x_MD, dy_MF = window.rows_of(x_TD), window.rows_of(dy_TF)
+    dw_DF = lax.dot_general(
+      x_MD,
+      jnp.where(window.own_M1, dy_MF, 0),
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    dw_DF += lax.dynamic_index_in_dim(dw_EDF, window.expert, keepdims=False)
+    return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, window.expert, 0)
 
   shape = (sizes_E.shape[0], x_TD.shape[1], dy_TF.shape[1])
-  return lax.fori_loop(0, windows.count, body, jnp.zeros(shape, jnp.float32))
+  zeros_EDF = jnp.zeros(shape, jnp.float32)
+  return _for_windows(rows, x_TD.shape[0], sizes_E, body, zeros_EDF)
 
 
-class _Windows(NamedTuple):
-  """Where each window lies, int32; `count` of them are real.
+class _Window(NamedTuple):
+  """A window of `own_M1.shape[0]` rows.
 
   Attributes:
-    expert_W: its group.
-    start_W: its first row.
-    parts_W: its rows, in parts.
-    count: scalar.
+    expert: its group, scalar int32.
+    start: its first row, scalar int32.
+    own_M1: which of its rows are of its group and of no window before it.
   """
 
-  expert_W: jax.Array
-  start_W: jax.Array
-  parts_W: jax.Array
-  count: jax.Array
+  expert: jax.Array
+  start: jax.Array
+  own_M1: jax.Array
+
+  def rows_of(self, array: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, self.start, self.own_M1.shape[0])
 
 
-def _windows(rows: _Rows, num_rows: int, sizes_E: jax.Array) -> _Windows:
-  """The windows of every group, in order."""
+def _for_windows(
+  rows: _Rows,
+  num_rows: int,
+  sizes_E: jax.Array,
+  body: Callable[[_Window, jax.Array], jax.Array],
+  carry: jax.Array,
+) -> jax.Array:
+  """`carry = body(window, carry)` for the windows of every group, the smallest first.
+
+  A loop per size and no branch within: a `switch` would copy the carry or its products.
+  """
+  sizes = rows.sizes(num_rows)
+  ends_E = jnp.cumsum(sizes_E)
+  expert_W, first_W, bounds_S = _windows(rows, len(sizes), num_rows, sizes_E)
+
+  def step(size: int, index: jax.Array, carry: jax.Array) -> jax.Array:
+    expert, first = expert_W[index], first_W[index]
+    # The last window would reach past the rows: it starts before its own ones.
+    start = jnp.minimum(first, num_rows - size)
+    row_M1 = start + jnp.arange(size)[:, None]
+    own_M1 = (row_M1 >= first) & (row_M1 < ends_E[expert])
+    return body(_Window(expert, start, own_M1), carry)
+
+  for index, size in enumerate(sizes):
+    carry = lax.fori_loop(
+      bounds_S[index], bounds_S[index + 1], functools.partial(step, size), carry
+    )
+  return carry
+
+
+def _windows(
+  rows: _Rows, num_sizes: int, num_rows: int, sizes_E: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Windows sorted by size: the group and the first row of each, `[W]` int32.
+
+  And where each size begins and the last one ends among them, `[S + 1]`: what lies
+  behind that end is no window.
+  """
   num_groups = sizes_E.shape[0]
   starts_E = jnp.cumsum(sizes_E) - sizes_E
   counts_E = -(-sizes_E // rows.block)
+  even_E = -(-sizes_E // jnp.maximum(counts_E, 1))
+  even_E = -(-even_E // rows.part) * rows.part
   last_E = jnp.cumsum(counts_E)
   index_W = jnp.arange(num_rows // rows.block + num_groups)
   expert_W = jnp.searchsorted(last_E, index_W, side="right").astype(jnp.int32)
   expert_W = jnp.minimum(expert_W, num_groups - 1)
-  done_W = (index_W - (last_E - counts_E)[expert_W]) * rows.block
-  left_W = jnp.clip(sizes_E[expert_W] - done_W, 1, rows.block)
-  parts_W = -(-left_W // rows.part)
-  return _Windows(expert_W, starts_E[expert_W] + done_W, parts_W, last_E[-1])
-
-
-def _by_rows(
-  rows: _Rows, parts: jax.Array, product: Callable[..., jax.Array], *args: jax.Array
-) -> jax.Array:
-  """`product(used, *args)` for the static number of rows that `parts` stands for."""
-  sizes = range(rows.part, rows.block + 1, rows.part)
-  return lax.switch(parts - 1, [functools.partial(product, n) for n in sizes], *args)
+  done_W = (index_W - (last_E - counts_E)[expert_W]) * even_E[expert_W]
+  left_W = jnp.clip(sizes_E[expert_W] - done_W, 1, even_E[expert_W])
+  size_W = jnp.where(index_W < last_E[-1], -(-left_W // rows.part) - 1, num_sizes)
+  order_W = jnp.argsort(size_W)
+  bounds_S = jnp.searchsorted(size_W[order_W], jnp.arange(num_sizes + 1))
+  return expert_W[order_W], (starts_E[expert_W] + done_W)[order_W], bounds_S
 
 
 def _countable(x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -80,15 +80,21 @@ def test_little_of_16384_rows_is_wasted_on_64_random_groups(rng):
   assert 1 < sum(grouped.window_rows(sizes)) / 16384 < 1.1
 
 
+def test_groups_are_split_evenly_into_windows():
+  assert grouped.window_rows([0, 1, 330, 641], block=320) == [32, 192, 160] + [224] * 3
+  # A second window of one row would cost nearly as much as a full one.
+  assert grouped.window_rows([9], block=8) == [5, 4]
+
+
 def test_flops_are_those_of_one_expert_a_row():
   sizes_E = jnp.full(16, 4096, jnp.int32)
   x_TD, w_EDF = jnp.zeros((65536, D)), jnp.zeros((16, D, F))
   found = flops.dot_flops(grouped.grouped_matmul, x_TD, w_EDF, sizes_E)
   assert found == 2 * 65536 * D * F
   # 7 or 8 rows a group take windows of 32, and are counted as such.
-  x_TD, w_EDF, sizes_E = _inputs([7, 8, 7, 8], rows=30)
+  x_TD, w_EDF, sizes_E = _inputs([7, 8] * 5, rows=75)
   found = flops.dot_flops(grouped.grouped_matmul, x_TD, w_EDF, sizes_E)
-  assert found == 2 * 4 * 32 * D * F
+  assert found == 2 * 10 * 32 * D * F
 
 
 def test_no_product_of_the_program_has_an_axis_of_experts():
@@ -97,7 +103,7 @@ def test_no_product_of_the_program_has_an_axis_of_experts():
   text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_TD, w_EDF).as_text()
   dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
   # One of each number of rows: forward, and the two gradients.
-  assert len(dots) == 3 * 8
+  assert len(dots) == 3 * len(grouped.WINDOW_SIZES)
   few = jax.jit(grouped.grouped_matmul).lower(x_TD[:40], w_EDF, sizes_E).as_text()
   # No window is larger than all rows.
   assert few.count("stablehlo.dot_general") == 2
