@@ -5,6 +5,7 @@ A description names kind, version, static metadata and, for every data field, an
 shapes, which is the target a restore reads into.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,13 +45,16 @@ def describe(leaf: Any) -> dict[str, Any] | None:
 def abstract(description: Any, path: str = "parameter") -> Any:
   """The leaf a description stands for, of jax.ShapeDtypeStruct.
 
+  A field that the description lacks takes its default where the kind has one: a kind
+  may gain fields, and what was written before stays readable.
+
   Args:
     description: what `describe` returned, perhaps by way of a file.
     path: of the parameter, for messages.
 
   Raises:
-    InputError: an unknown kind, a version from the future, or fields that the kind
-      does not have; the message names `path`.
+    InputError: an unknown kind, a version from the future, fields that the kind does
+      not have, or none where it needs one; the message names `path`.
   """
   if description is None:
     return None
@@ -65,9 +69,12 @@ def abstract(description: Any, path: str = "parameter") -> Any:
       f"{path}: leaf kind {cls.kind!r} of version {version!r}, this effjax reads up to "
       f"version {cls.version}; use a newer effjax"
     )
+  fields = dataclasses.fields(cls)
+  needed = {f.name for f in fields if f.default is dataclasses.MISSING}
   for part, wanted in (("static", cls.static_fields), ("data", cls.data_fields)):
     given = description.get(part)
-    if not isinstance(given, Mapping) or set(given) != set(wanted):
+    fits = isinstance(given, Mapping) and needed & set(wanted) <= set(given)
+    if not fits or not set(given) <= set(wanted):
       raise errors.InputError(
         f"{path}: leaf kind {cls.kind!r} has the {part} fields {list(wanted)}, "
         f"the description has {given if given is None else list(given)}"

@@ -12,7 +12,7 @@ from effjax.core import partition, registry, specs
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.weights import describe, leaf, verbs
-from effjax.weights.leaves import low_rank, masked, quantized
+from effjax.weights.leaves import low_rank, masked, quantized, two_level
 
 IN, OUT, TAPS, EXPERTS, LAYERS = 16, 8, 4, 3, 2
 
@@ -44,6 +44,54 @@ def _masked(key, shape, axis, inner=None):
   return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
 
 
+def _two_level(key, shape, axis, *, bits=6, signed=False, groups=2):
+  grid = list(shape)
+  grid[axis] = groups
+  scale = jax.random.uniform(key, grid, minval=0.001, maxval=0.002)
+  return two_level.TwoLevel.create(
+    _codes(key, shape, bits, signed),
+    scale.astype(jnp.float16),
+    bits=bits,
+    signed=signed,
+    axis=axis,
+  )
+
+
+def _nested(key, shape, axis, *, bits, groups=4, offset=True, swapped=False):
+  """Codes whose scales, and offsets if any, are in two levels."""
+  keys = jax.random.split(key, 3)
+  if swapped and axis == -2:
+    shape, axis = (*shape[:-2], shape[-1], shape[-2]), -1
+  else:
+    swapped = False
+  grid = list(shape)
+  grid[axis] = groups
+  part = lambda key: _two_level(
+    key, grid, axis, bits=6 if offset else 8, signed=not offset
+  )
+  return quantized.Quantized.create(
+    _codes(keys[0], shape, bits, signed=not offset),
+    part(keys[1]),
+    offset=part(keys[2]) if offset else None,
+    bits=bits,
+    axis=axis,
+    swapped=swapped,
+  )
+
+
+def _offset(key, shape, axis):
+  codes, scale = (jax.random.split(key)[i] for i in (0, 1))
+  grid = list(shape)
+  grid[axis] = 2
+  return quantized.Quantized.create(
+    _codes(codes, shape, 5, signed=False),
+    jax.random.uniform(scale, grid, maxval=0.1).astype(jnp.float16),
+    offset=jax.random.normal(scale, grid).astype(jnp.float16),
+    bits=5,
+    axis=axis,
+  )
+
+
 def _plain(key, shape, axis):
   del axis
   return jax.random.normal(key, shape)
@@ -67,6 +115,10 @@ KINDS = {
   "int4_groups": _int4,
   "int3": functools.partial(_quantized, bits=3),
   "int2_asymmetric": functools.partial(_quantized, bits=2, groups=4, zero=True),
+  "int5_offset": _offset,
+  "int4_nested": functools.partial(_nested, bits=4),
+  "int6_nested_swapped": functools.partial(_nested, bits=6, offset=False, swapped=True),
+  "two_level": _two_level,
   "low_rank": _low_rank,
   "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,

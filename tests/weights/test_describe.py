@@ -39,6 +39,24 @@ def test_nested_leaves_survive_json():
   assert back.shape == leaf.shape and back.dtype == leaf.dtype
 
 
+def test_a_missing_field_takes_its_default():
+  leaf = _leaf().values
+  described = json.loads(json.dumps(describe.describe(leaf)))
+  del described["data"]["offset"]
+  del described["static"]["swapped"]
+  back = describe.abstract(described, "w")
+  assert back.offset is None and back.swapped == 0
+  assert jax.tree.structure(back) == jax.tree.structure(leaf)
+  # Only what has a default may be missing, and nothing unknown may stand for it.
+  for part, name in (("data", "scale"), ("static", "bits")):
+    less = {k: v for k, v in described[part].items() if k != name}
+    with pytest.raises(errors.InputError, match=f"{part} fields"):
+      describe.abstract(described | {part: less}, "w")
+  more = described["data"] | {"offsets": None}
+  with pytest.raises(errors.InputError, match="data fields"):
+    describe.abstract(described | {"data": more}, "w")
+
+
 def test_inner_arrays_are_named_by_their_place():
   names = [name for name, _ in describe.arrays("up", _leaf())]
   assert names == ["up.values.codes", "up.values.scale", "up.mask_bits"]

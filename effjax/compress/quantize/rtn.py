@@ -25,7 +25,7 @@ class RTNOptions:
   """Options of round-to-nearest quantization.
 
   Attributes:
-    bits: bits a code: 2, 3, 4, 6 or 8.
+    bits: bits a code: 2, 3, 4, 5, 6 or 8.
     group: consecutive inputs that share a scale; 0 for the whole input axis (one scale
       per output channel).
     symmetric: no zero points.

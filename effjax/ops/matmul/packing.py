@@ -3,17 +3,19 @@
 Layout: along the packed axis, code i of b bits takes bits i * b to i * b + b - 1 of a
 stream that is cut into bytes, lowest bit first. So a byte of 4-bit codes holds entry
 2i in its low half and 2i + 1 in its high half, and 3-bit codes are really three bits:
-eight in three bytes. Neighbours stay together: a shard of whole blocks unpacks alone.
+eight in three bytes, as are eight of 5 bits in five bytes. Neighbours stay together: a
+shard of whole blocks unpacks alone.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.config import require
 
-BITS = (1, 2, 3, 4, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def block_size(bits: int) -> int:
@@ -33,7 +35,7 @@ def pack_bits(codes: jax.Array, bits: int, axis: int = -2) -> jax.Array:
 
   Args:
     codes: any integer dtype; signed codes as two's complement. Higher bits are dropped.
-    bits: 1, 2, 3, 4, 6 or 8.
+    bits: 1 to 6, or 8.
     axis: the axis that shrinks, filled up with zeros to a whole block.
 
   Returns:
@@ -43,11 +45,17 @@ def pack_bits(codes: jax.Array, bits: int, axis: int = -2) -> jax.Array:
   codes = jnp.moveaxis(codes, axis, -1)
   size = codes.shape[-1]
   fill = [(0, 0)] * (codes.ndim - 1) + [(0, -size % block)]
-  codes = jnp.pad(codes, fill).astype(jnp.int32) & (2**bits - 1)
+  codes = jnp.pad(codes, fill).astype(jnp.uint8) & np.uint8(2**bits - 1)
   codes = codes.reshape(*codes.shape[:-1], -1, block)
-  word = sum(codes[..., i] << (i * bits) for i in range(block))
-  packed = [(word >> (8 * i)) & 0xFF for i in range(block * bits // 8)]
-  packed = jnp.stack(packed, axis=-1).astype(jnp.uint8)
+  # In bytes, not in words: a block has up to 40 bits, and whole embeddings are packed
+  # outside jit, where wider numbers would be held.
+  packed = [jnp.zeros(codes.shape[:-1], jnp.uint8)] * (block * bits // 8)
+  for i in range(block):
+    byte, place = divmod(i * bits, 8)
+    packed[byte] |= codes[..., i] << place
+    if place + bits > 8:
+      packed[byte + 1] |= codes[..., i] >> (8 - place)
+  packed = jnp.stack(packed, axis=-1)
   packed = packed.reshape(*packed.shape[:-2], -1)
   return jnp.moveaxis(packed, -1, axis)
 
@@ -73,16 +81,25 @@ def unpack_bits(
     f"{packed.shape[axis]} of {packed.dtype}",
   )
   block = block_size(bits)
-  packed = jnp.moveaxis(packed, axis, -1).astype(jnp.int32)
+  packed = jnp.moveaxis(packed, axis, -1)
   packed = packed.reshape(*packed.shape[:-1], -1, block * bits // 8)
-  word = sum(packed[..., i] << (8 * i) for i in range(packed.shape[-1]))
-  codes = [(word >> (i * bits)) & (2**bits - 1) for i in range(block)]
-  codes = jnp.stack(codes, axis=-1)
-  codes = codes.reshape(*codes.shape[:-2], -1)[..., :size]
+  # The 40 bits of a block of 5-bit codes do not fit a word, but each half does: from
+  # bytes 0 to 2, and from bytes 2 to 4, where four bits belong to the first half.
+  halves = 2 if bits == 5 else 1
+  num_bytes, count = -(-packed.shape[-1] // halves), block // halves
+  dtype = jnp.uint8 if num_bytes == 1 else jnp.uint32
+  parts = [packed[..., i : i + 2 * halves - 1 : 2] for i in range(num_bytes)]
+  words = sum(part.astype(dtype) << 8 * i for i, part in enumerate(parts))
+  # Shifts by an array: a concatenated list of codes is a branch for every element once
+  # XLA's CPU backend fuses it into a product, and several times as slow.
+  places = np.arange(count) * bits + np.arange(halves)[:, None] * 4
+  places = places.reshape((1,) * (words.ndim - 1) + places.shape).astype(dtype)
+  codes = ((words[..., None] >> places) & 2**bits - 1).astype(jnp.uint8)
+  codes = codes.reshape(*packed.shape[:-2], -1)[..., :size]
   if signed:
-    sign = 2 ** (bits - 1)
+    sign = np.uint8(2 ** (bits - 1))
     codes = ((codes ^ sign) - sign).astype(jnp.int8)
-  return jnp.moveaxis(codes.astype(jnp.int8 if signed else jnp.uint8), -1, axis)
+  return jnp.moveaxis(codes, -1, axis)
 
 
 def pack_int4(codes: jax.Array) -> jax.Array:

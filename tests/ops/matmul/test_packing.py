@@ -22,6 +22,7 @@ SHAPES = st.sampled_from([(1, 1), (7, 5), (2, 9, 16)])
     (2, (8, 3), -2),
     (3, (2, 9, 3), -2),
     (4, (7, 5), -1),
+    (5, (2, 11, 3), -2),
     (6, (8, 2), 0),
     (8, (1, 1), -2),
   ],
@@ -66,7 +67,8 @@ def test_layout_is_numpy_bit_stream(bits):
 
 
 @pytest.mark.parametrize(
-  ("bits", "size", "num_bytes"), [(4, 5, 3), (3, 8, 3), (3, 9, 6), (2, 5, 2), (8, 5, 5)]
+  ("bits", "size", "num_bytes"),
+  [(4, 5, 3), (3, 8, 3), (3, 9, 6), (5, 9, 10), (2, 5, 2), (8, 5, 5)],
 )
 def test_packed_size(bits, size, num_bytes):
   assert packing.packed_size(size, bits) == num_bytes
@@ -90,8 +92,8 @@ def test_traceable_and_under_vmap():
 
 def test_refuses_with_one_line():
   packed = jnp.zeros((3, 2), jnp.uint8)
-  with pytest.raises(errors.InputError, match="5 bits cannot be packed"):
-    packing.pack_bits(packed, 5)
+  with pytest.raises(errors.InputError, match="7 bits cannot be packed"):
+    packing.pack_bits(packed, 7)
   with pytest.raises(errors.InputError, match="8 codes of 4 bits take 4 uint8 entries"):
     packing.unpack_int4(packed, 8, signed=True)
   with pytest.raises(errors.InputError, match="mask of 20 columns takes 3"):
