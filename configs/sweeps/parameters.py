@@ -38,9 +38,9 @@ Per FLOP experts win twice: at 2.4 MFLOPs they are 0.045 better than the dense M
 than two standard deviations, and with 37 % fewer FLOPs still no worse than it. They pay
 in bytes: the better of the two holds 2.6 times as many.
 Per byte, at 4.5 MB, small experts and the dense MLP are within their spread of each
-other; spending the bytes on wide layers that are used twice is worse and costs 1.7 times
-the FLOPs. What sharing buys is bytes: as predicted, the same layers used twice hold 2.755
-instead of 4.461 MB, for 0.032 bits per byte.
+other; spending the bytes on wide layers that are used twice is worse and costs 1.7
+times the FLOPs. What sharing buys is bytes: as predicted, the same layers used twice
+hold 2.755 instead of 4.461 MB, for 0.032 bits per byte.
 Low rank loses on both counts: at the same bytes and FLOPs it is 0.09 worse than dense,
 at a length of training where every model is still far from done.
 """

@@ -24,6 +24,8 @@ _ORDER = (
   "show",
   "data",
   "report",
+  "import",
+  "export",
   "generate",
   "score",
   "bench",

@@ -99,14 +99,14 @@ def unstack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, A
   if model.runs is None:
     return model, dict(params)
   flat = {}
-  places = _places(model.runs)
+  stacked = places(model.runs)
   for path, leaf in tree_lib.flatten(params).items():
     run, _, rest = path.partition("/")
     body, _, name = rest.partition("/")
-    if (run, body) not in places:
+    if (run, body) not in stacked:
       flat[path] = leaf
       continue
-    for index, layer in enumerate(places[run, body]):
+    for index, layer in enumerate(stacked[run, body]):
       flat[f"layer_{layer}/{name}"] = jax.tree.map(lambda a, i=index: a[i], leaf)
   return model.with_runs(None), tree_lib.unflatten(flat)
 
@@ -132,23 +132,23 @@ def restack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, A
     for path, leaf in tree_lib.flatten(params).items()
     if not path.startswith("layer_")
   }
-  for (run, body), members in _places(runs).items():
+  for (run, body), members in places(runs).items():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(layers[k] for k in members))
     for name, leaf in tree_lib.flatten(stacked).items():
       flat[f"{run}/{body}/{name}"] = leaf
   return model.with_runs(runs), tree_lib.unflatten(flat)
 
 
-def _places(runs: Sequence[Run]) -> dict[tuple[str, str], list[int]]:
+def places(runs: Sequence[Run]) -> dict[tuple[str, str], list[int]]:
   """For each `(run_<i>, layer_<j>)`, the numbers of the layers stacked there."""
-  places = {}
+  found = {}
   start = 0
   for i, run in enumerate(runs):
     for j in range(run.period):
       members = [start + s * run.period + j for s in range(run.repeats)]
-      places[f"run_{i}", f"layer_{j}"] = members
+      found[f"run_{i}", f"layer_{j}"] = members
     start += run.num_layers
-  return places
+  return found
 
 
 def _structure(layer: Any) -> Hashable:

@@ -6,7 +6,7 @@ from typing import Any
 from effjax.core import config, errors, registry
 
 BUILDERS = "effjax.data.builders"
-TOKENIZERS = ("bpe", "bytes", "ids")
+TOKENIZERS = ("bpe", "bytes", "ids", "model")
 
 # One id for each byte and one that starts a document.
 MIN_VOCAB_SIZE = 257
@@ -21,8 +21,10 @@ class DataConfig:
     manual_dir: folder with the corpus's original files; nothing is fetched then.
     options: options of that corpus, such as `paths` for one's own text files.
     tokenizer: "bpe" (byte-level, trained on the training split) or "bytes"; "ids" for
-      a corpus that is token ids to begin with, such as "mqar".
-    vocab_size: number of token ids, the one that starts a document included.
+      a corpus that is token ids to begin with, such as "mqar"; "model" for the one that
+      an imported model came with.
+    vocab_size: number of token ids, the one that starts a document included; of an
+      imported model it is filled in.
     sequence_length: tokens in a training row.
     batch_size: rows in a global batch, over all processes together.
     eval_bytes: UTF-8 bytes of validation text that are scored; of token ids, the whole
@@ -53,7 +55,7 @@ class DataConfig:
     if self.tokenizer not in TOKENIZERS:
       raise errors.unknown("tokenizer", self.tokenizer, TOKENIZERS)
     config.require(
-      self.tokenizer == "ids" or self.vocab_size >= MIN_VOCAB_SIZE,
+      self.tokenizer in ("ids", "model") or self.vocab_size >= MIN_VOCAB_SIZE,
       f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the start of a "
       f"document), got {self.vocab_size}",
     )

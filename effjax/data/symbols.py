@@ -17,10 +17,17 @@ class Symbols:
   Attributes:
     names: the symbol of each id; id 0 starts every example.
     vocab_size: number of ids.
-    bos_id: 0.
+    bos_id, start_id: 0.
+    eos_ids: `bos_id`.
+    pad_id, chat_template: None.
+    add_bos: True.
   """
 
-  bos_id = 0
+  bos_id = start_id = 0
+  eos_ids = (0,)
+  pad_id = None
+  add_bos = True
+  chat_template = None
 
   def __init__(self, names: Sequence[str]):
     """Raises InputError unless the names are distinct words that begin with START."""
@@ -31,8 +38,8 @@ class Symbols:
       raise errors.InputError(f"symbols must be distinct words, the first one {START}")
     self.vocab_size = len(self.names)
 
-  def encode(self, text: str) -> list[int]:
-    """The ids of symbols separated by white space.
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """The ids of symbols separated by white space; START is one of them.
 
     Raises:
       InputError: a word that is no symbol.
@@ -65,6 +72,15 @@ class Symbols:
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """`decode`, in UTF-8."""
     return self.decode(ids).encode()
+
+  def name(self, index: int) -> str:
+    """The symbol of an id, START too.
+
+    Raises:
+      InputError: an id outside the vocabulary.
+    """
+    self.decode([index])
+    return self.names[index]
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes JSON that `tokenizers.load` reads."""

@@ -19,7 +19,12 @@ import numpy as np
 import tokenizers as hf
 
 from effjax.core import config, errors
-from effjax.data import symbols
+from effjax.data import (
+  pretrained_folder,
+  pretrained_tokenizer,
+  symbols,
+  token_bytes,
+)
 
 # The space keeps these names apart from learned tokens, whose spaces are written "Ġ".
 BOS = "<|document start|>"
@@ -46,7 +51,15 @@ class Tokenizer:
   Attributes:
     vocab_size: number of ids; some may be unused if the corpus was small.
     bos_id: the id that starts every document.
+    eos_ids: `bos_id`: where the next document starts, this one has ended.
+    pad_id, chat_template: None.
+    add_bos: True.
+    start_id: `bos_id`.
   """
+
+  pad_id = None
+  add_bos = True
+  chat_template = None
 
   def __init__(self, backend: hf.Tokenizer):
     """Wraps a byte-level tokenizer of the `tokenizers` library that knows `BOS`."""
@@ -55,15 +68,16 @@ class Tokenizer:
     bos_id = backend.token_to_id(BOS)
     if bos_id is None:
       raise errors.InputError(f"the tokenizer has no {BOS} token to start a document")
-    self.bos_id: int = bos_id
-    byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
+    self.bos_id = self.start_id = bos_id
+    self.eos_ids = (bos_id,)
+    byte_of = {char: byte for byte, char in enumerate(token_bytes.byte_alphabet())}
     self._bytes_of = [b""] * self.vocab_size
     for token, index in backend.get_vocab().items():
       if all(char in byte_of for char in token):
         self._bytes_of[index] = bytes(byte_of[char] for char in token)
 
-  def encode(self, text: str) -> list[int]:
-    """The ids of a text, without `bos_id`."""
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """The ids of a text, without `bos_id`, which text cannot spell either way."""
     ids: list[int] = []
     for part in _parts(text):
       ids += self._backend.encode(part, add_special_tokens=False).ids
@@ -101,6 +115,15 @@ class Tokenizer:
     """The text of some ids; bytes that form no character become U+FFFD."""
     return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+  def name(self, index: int) -> str:
+    """How the vocabulary writes an id.
+
+    Raises:
+      InputError: an id outside the vocabulary.
+    """
+    self.decode_bytes([index])
+    return self._backend.id_to_token(index)
+
   def save(self, path: str | pathlib.Path) -> None:
     """Writes the `tokenizers` library's JSON format."""
     pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -110,8 +133,13 @@ class Tokenizer:
     return self._backend.to_str()
 
 
-def load(path: str | pathlib.Path) -> Tokenizer | symbols.Symbols:
-  """Reads what `Tokenizer.save` or `Symbols.save` wrote.
+byte_alphabet = token_bytes.byte_alphabet
+AnyTokenizer = Tokenizer | symbols.Symbols | pretrained_tokenizer.Pretrained
+from_hf_folder = pretrained_folder.from_hf_folder
+
+
+def load(path: str | pathlib.Path) -> AnyTokenizer:
+  """Reads what `save` of a Tokenizer, Symbols or Pretrained wrote.
 
   Raises:
     InputError: the file is missing or is not such a tokenizer.
@@ -125,9 +153,18 @@ def load(path: str | pathlib.Path) -> Tokenizer | symbols.Symbols:
     raise errors.InputError(f"{path} is not a tokenizer file: {error}") from None
   if isinstance(content, dict) and isinstance(content.get("symbols"), list):
     return symbols.Symbols(content["symbols"])
-  vocab = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
+  if isinstance(content, dict) and content.get("format") == pretrained_tokenizer.FORMAT:
+    try:
+      return pretrained_tokenizer.from_content(content)
+    except errors.InputError as error:
+      raise errors.InputError(f"{path}: {error}") from None
+  model = content.get("model") if isinstance(content, dict) else None
+  vocab = model.get("vocab") if isinstance(model, dict) else None
   if not isinstance(vocab, dict) or BOS not in vocab:
-    raise errors.InputError(f"{path} is not a tokenizer file: it has no {BOS} token")
+    raise errors.InputError(
+      f"{path} is not a tokenizer file: it has no {BOS} token, no symbols and no "
+      f'"format": "{pretrained_tokenizer.FORMAT}"'
+    )
   return Tokenizer(hf.Tokenizer.from_str(json.dumps(content)))
 
 
@@ -150,7 +187,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   backend.pre_tokenizer = _pre_tokenizer()
   trainer = hf.trainers.BpeTrainer(
     vocab_size=vocab_size - 1,
-    initial_alphabet=list(byte_alphabet()),
+    initial_alphabet=list(token_bytes.byte_alphabet()),
     show_progress=False,
   )
   backend.train_from_iterator(texts, trainer)
@@ -165,24 +202,11 @@ def byte_tokenizer() -> Tokenizer:
   return _assemble([], [], _NUM_BYTES + 1)
 
 
-def byte_alphabet() -> str:
-  """The printable character that stands for each byte in a byte-level vocabulary.
-
-  Printable Latin-1 bytes stand for themselves; the others, in order, for the
-  characters from U+0100 on.
-  """
-  printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-  others = iter(range(0x100, 0x200))
-  return "".join(
-    chr(byte) if byte in printable else chr(next(others)) for byte in range(_NUM_BYTES)
-  )
-
-
 def _assemble(
   learned: list[str], merges: list[tuple[str, str]], vocab_size: int
 ) -> Tokenizer:
   """A tokenizer whose ids are: `BOS`, the bytes in order, learned tokens, unused."""
-  names = [BOS, *byte_alphabet(), *learned]
+  names = [BOS, *token_bytes.byte_alphabet(), *learned]
   names += [_UNUSED.format(index) for index in range(len(names), vocab_size)]
   vocab = {name: index for index, name in enumerate(names)}
   backend = hf.Tokenizer(hf.models.BPE(vocab, merges))

@@ -54,7 +54,7 @@ class TokenArray:
 
 def tokenizer_for(
   corpus: base.Corpus, kind: str, vocab_size: int
-) -> tokenizers.Tokenizer | symbols.Symbols:
+) -> tokenizers.AnyTokenizer:
   """The tokenizer of a corpus: trained on its training split once, then cached."""
   if kind == "ids":
     return symbols.Symbols(corpus.symbols)
@@ -73,7 +73,7 @@ def tokenizer_for(
 
 
 def tokenize(
-  corpus: base.Corpus, tokenizer: tokenizers.Tokenizer | symbols.Symbols
+  corpus: base.Corpus, tokenizer: tokenizers.AnyTokenizer
 ) -> dict[str, TokenArray]:
   """The token arrays of every split, from the cache if they were made before."""
   used = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
@@ -94,7 +94,7 @@ def _write(
   folder: pathlib.Path,
   split: str,
   texts: Iterable[str],
-  tokenizer: tokenizers.Tokenizer,
+  tokenizer: tokenizers.AnyTokenizer,
 ) -> None:
   dtype = _dtype(tokenizer.vocab_size)
   lengths: list[int] = []

@@ -66,7 +66,8 @@ def num_nonzero(params: Mapping[str, Any]) -> int:
 
 def simulated(params: Mapping[str, Any]) -> list[str]:
   """What the leaf kinds of a tree do not really save: any of "bytes", "flops"."""
-  found: set[str] = set()
+  # A tree can say so of itself (interop.linen): its leaves are plain arrays.
+  found: set[str] = set(getattr(params, "simulated", ()))
   for leaf in tree_lib.flatten(params).values():
     for part in nested(leaf):
       found.update(part.simulated)

@@ -40,7 +40,7 @@ class Stage:
 def measure_stage(
   model: Any,
   params: Mapping[str, Any],
-  eval_set: quality.EvalSet,
+  eval_set: quality.EvalSet | None,
   config: config_lib.MeasureConfig,
   stage: Stage,
 ) -> dict[str, Any]:
@@ -49,11 +49,13 @@ def measure_stage(
   Args:
     model: a Decoder.
     params: its parameters, of any leaf kinds.
-    eval_set: text it is scored on.
+    eval_set: text it is scored on; None leaves the quality out.
     config: how it is measured.
     stage: what it comes from.
   """
-  timed = None
+  timed = scored = None
+  if eval_set is not None:
+    scored = quality.evaluate(model, params, eval_set, config.eval_batch_size)
   if config.latency:
     timed = latency.measure(model, params, config, stage.seed)
   counted = flops.per_token(model, params, config.prompt_tokens)
@@ -61,7 +63,7 @@ def measure_stage(
     "stage": stage.name,
     "technique": stage.technique,
     "after": stage.after,
-    "quality": quality.evaluate(model, params, eval_set, config.eval_batch_size),
+    "quality": scored,
     "num_params": bytes_lib.num_params(params),
     "num_nonzero": bytes_lib.num_nonzero(params),
     "bits_per_weight": bytes_lib.bits_per_weight(params, stage.num_weights),

@@ -13,6 +13,8 @@ MIXERS = "effjax.nn.mixers"
 MLPS = "effjax.nn.mlps"
 KEYS = ("own", "lent", "borrowed")
 REMAT = ("none", "full", "dots")
+NORMS = ("rms", "layer")
+POSITIONS = ("none", "learned")
 _SHARES = ("share", "share_keys")
 
 
@@ -95,7 +97,10 @@ class DecoderConfig:
     max_len: longest sequence the model is meant for (tokens).
     remat: what the backward pass recomputes: "none" nothing, "full" every layer,
       "dots" all but matrix products.
-    norm_eps: added to mean squares.
+    norm: "rms" or "layer" (mean and variance, with a bias), of all norms of the stream.
+    norm_eps: added to mean squares or variances.
+    position: "learned" adds an embedding of absolute positions, `max_len` of them, to
+      that of the tokens; "none" leaves order to the mixers.
     logit_cap: c of `c * tanh(logits / c)`, or None.
   """
 
@@ -117,14 +122,21 @@ class DecoderConfig:
   embed_std: float = 0.02
   max_len: int = 2048
   remat: str = "none"
+  norm: str = "rms"
   norm_eps: float = 1e-5
+  position: str = "none"
   logit_cap: float | None = None
 
   def __post_init__(self):
     for name in ("vocab_size", "embed_dim", "embed_std", "max_len", *_SHARES):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
-    if self.remat not in REMAT:
-      raise errors.unknown("remat", self.remat, REMAT)
+    for name, allowed in (
+      ("remat", REMAT),
+      ("norm", NORMS),
+      ("position", POSITIONS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise errors.unknown(name, getattr(self, name), allowed)
     config.require(bool(self.pattern), "pattern must name at least one mixer")
     if not self.layers:
       config.require(self.num_layers > 0, "num_layers must be positive")

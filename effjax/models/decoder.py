@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from effjax.core import layers, registry
+from effjax.core import errors, layers, registry
 from effjax.core import precision as precision_lib
 from effjax.core.shard import shard
 from effjax.models import config as config_lib
@@ -35,19 +35,22 @@ class Layer(nn.Module):
     embed_dim: D.
     norm_eps: of both norms.
     out_scale: factor on the initial output projections.
+    norm: key of nn.norm.NORMS.
   """
 
   config: config_lib.LayerConfig
   embed_dim: int
   norm_eps: float
   out_scale: float
+  norm: str = "rms"
 
   def setup(self):
     """Builds the parts named in the config."""
-    self.mixer_norm = norm.RMSNorm(eps=self.norm_eps)
+    norm_cls = norm.NORMS[self.norm]
+    self.mixer_norm = norm_cls(eps=self.norm_eps)
     self.mixer = self.make_mixer()
     if self.config.mlp != "none":
-      self.mlp_norm = norm.RMSNorm(eps=self.norm_eps)
+      self.mlp_norm = norm_cls(eps=self.norm_eps)
       mlp_cls = registry.find(config_lib.MLPS, self.config.mlp)
       self.mlp = mlp_cls(
         self.config.build_mlp_options(), self.embed_dim, out_scale=self.out_scale
@@ -128,6 +131,8 @@ class Decoder(nn.Module):
       segments = jnp.ones(tokens_BL.shape, jnp.int32)
     table = embed.Embed(cfg.vocab_size, cfg.embed_dim, cfg.embed_std, name="embed")
     x_BLD = table(tokens_BL, self.precision.dtype)
+    if cfg.position == "learned":
+      x_BLD += self._position_embedding(positions)
     x_BLD = shard(x_BLD, ("batch", "length", "embed_act"))
     with weight_lib.token_weights((segments > 0).astype(jnp.float32)):
       x_BLD, new_state = stack.apply(
@@ -139,7 +144,7 @@ class Decoder(nn.Module):
         positions,
         segments,
       )
-      x_BLD = norm.RMSNorm(eps=cfg.norm_eps, name="final_norm")(x_BLD)
+      x_BLD = norm.NORMS[cfg.norm](eps=cfg.norm_eps, name="final_norm")(x_BLD)
       logits_BLV = self._logits(x_BLD, table)
     if state is not None:
       seen_B = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
@@ -152,8 +157,25 @@ class Decoder(nn.Module):
     cls = stack.rematerialized(Layer, cfg.remat, cfg.resolved_runs is not None)
     # GPT-2's scaling: residual branches start smaller the deeper the model is.
     out_scale = (2 * cfg.num_layers) ** -0.5
-    module = cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, name=name)
+    module = cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, cfg.norm, name=name)
     return stack.shared(module, cfg.share)
+
+  def _position_embedding(self, positions_BL: jax.Array) -> jax.Array:
+    """The learned embedding `[B, L, D]` of absolute positions."""
+    cfg = self.config
+    if positions_BL.shape[1] > cfg.max_len:
+      raise errors.InputError(
+        f"{positions_BL.shape[1]} tokens in a row, the decoder has max_len="
+        f"{cfg.max_len} learned positions"
+      )
+    learned = embed.Embed(
+      cfg.max_len,
+      cfg.embed_dim,
+      cfg.embed_std,
+      ("position", "embed"),
+      name="position_embed",
+    )
+    return learned(positions_BL, self.precision.dtype)
 
   def _logits(self, x_BLD: jax.Array, table: embed.Embed) -> jax.Array:
     cfg = self.config

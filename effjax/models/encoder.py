@@ -2,10 +2,12 @@
 
 Sources: Devlin et al. 2019, arXiv:1810.04805 (BERT), with the layer of Vaswani et al.
 2017; Lan et al. 2020, arXiv:1909.11942, section 3.1 (ALBERT: factorized embeddings,
-parameters shared across layers).
+parameters shared across layers); Reimers and Gurevych 2019, arXiv:1908.10084, section 3
+(sentences as means over their tokens).
 Deviations: no dropout; matrices inside mixers keep the mixer's own initializer where it
 has no `init_std`; token types are counted once per token also in packed rows, where
-positions restart with each document; the next-sentence head is left out.
+positions restart with each document; the next-sentence head is left out; means are
+normalized, as in the models that are published for cosine similarity.
 
 Every mixer keeps the contract in effjax.models.decoder and is built with
 `causal=False`. Padding is segment 0; documents packed into a row do not meet.
@@ -27,6 +29,9 @@ from effjax.models import encoder_config, stack
 from effjax.nn import embed, norm
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
+
+# The least square of a length that is divided by.
+_TINY = 1e-24
 
 
 class EncoderLayer(nn.Module):
@@ -95,7 +100,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """A bidirectional masked-language model or classifier.
+  """A bidirectional masked-language model, classifier or sentence encoder.
 
   With `config.share = n` the parameters of `layer_<k>`, or of step k of a run, are
   those of layers `k n` to `k n + n - 1`: they exist, are counted, stored and compressed
@@ -119,7 +124,7 @@ class Encoder(nn.Module):
     *,
     token_types_BL: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
-    """Logits of the token at every position, or of the class of every row.
+    """Logits of tokens or classes, or an embedding of every row.
 
     Args:
       tokens_BL: int32 tokens, masked ones replaced already.
@@ -128,8 +133,9 @@ class Encoder(nn.Module):
       token_types_BL: int32, sentence A or B of each token; all 0 by default.
 
     Returns:
-      float32 logits, `[B, L, V]` or with `num_classes` `[B, C]` of the row's first
-      document; and None in the place of a decoder's state.
+      float32 logits `[B, L, V]`, or of the row's first document: with `num_classes`
+      logits `[B, C]`, with `pooling` an embedding `[B, D]` of length 1 (of length 0
+      where the row is padding only); and None in the place of a decoder's state.
 
     Raises:
       InputError: a row longer than the learned positions, or token types that the
@@ -165,6 +171,8 @@ class Encoder(nn.Module):
       )
       if cfg.norm == "pre":
         x_BLD = norm.LayerNorm(eps=cfg.norm_eps, name="final_norm")(x_BLD)
+      if cfg.pooling is not None:
+        return _mean(x_BLD, segments), None
       if cfg.num_classes is None:
         logits_BLV = self._token_logits(x_BLD, table)
         return shard(logits_BLV, ("batch", "length", "vocab")), None
@@ -299,3 +307,13 @@ class Encoder(nn.Module):
   def with_runs(self, runs: tuple[layers.Run, ...] | None) -> "Encoder":
     """The same model scanned as given, or unrolled for None."""
     return Encoder(stack.scanned_as(self.config, runs), self.precision)
+
+
+def _mean(x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
+  """The normalized mean `[B, D]` over the tokens of each row's first document."""
+  first_BL = (segments_BL == segments_BL[:, :1]) & (segments_BL > 0)
+  # The length makes the number of tokens cancel out: the sum says as much as the mean.
+  sum_BD = jnp.sum(x_BLD.astype(jnp.float32), axis=1, where=first_BL[..., None])
+  square_B1 = jnp.sum(jnp.square(sum_BD), axis=-1, keepdims=True)
+  # Rows without any token are zero, and so is their gradient.
+  return sum_BD * jax.lax.rsqrt(jnp.maximum(square_B1, _TINY))

@@ -15,11 +15,12 @@ from effjax.models import config as config_lib
 
 NORMS = ("post", "pre")
 POSITIONS = ("learned", "none")
+POOLINGS = ("mean",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-  """A bidirectional masked-language model or classifier.
+  """A bidirectional masked-language model, classifier or sentence encoder.
 
   The short form expands to `layers` as in DecoderConfig, with BERT's choices where a
   mixer or MLP has the option and the config does not set it: biases, as many kv heads
@@ -47,6 +48,8 @@ class EncoderConfig:
     num_token_types: rows of the token-type (sentence A or B) embedding; 0 for none.
     num_classes: None for a masked-language model; else the model classifies each row
       by its first token, through a tanh pooler.
+    pooling: None for the outputs above; "mean" for a sentence encoder, without any
+      head, whose output is the normalized mean over the tokens. Excludes `num_classes`.
     head_approximate: the tanh form of GELU in the masked-language head.
     init_std: standard deviation of initial embeddings, MLPs and heads.
     norm_eps: added to variances.
@@ -71,6 +74,7 @@ class EncoderConfig:
   max_len: int = 512
   num_token_types: int = 2
   num_classes: int | None = None
+  pooling: str | None = None
   head_approximate: bool = False
   init_std: float = 0.02
   norm_eps: float = 1e-12
@@ -111,6 +115,13 @@ class EncoderConfig:
     ):
       if getattr(self, name) not in allowed:
         raise errors.unknown(name, getattr(self, name), allowed)
+    if self.pooling is not None and self.pooling not in POOLINGS:
+      raise errors.unknown("pooling", self.pooling, POOLINGS)
+    config.require(
+      self.pooling is None or self.num_classes is None,
+      f"pooling={self.pooling!r} leaves out the classes: set it, or "
+      f"num_classes={self.num_classes}, but not both",
+    )
     config.require(bool(self.pattern), "pattern must name at least one mixer")
     config.require(
       all(layer.keys == "own" for layer in self.layers),

@@ -90,3 +90,6 @@ def layer_norm(
   lead = tuple(range(x.ndim - 1))
   normal = centred * jax.lax.rsqrt(variance + eps) * jnp.expand_dims(scale, lead)
   return (normal + jnp.expand_dims(bias, lead)).astype(x.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}

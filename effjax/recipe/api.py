@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effjax.compress import registry as transforms
@@ -12,7 +12,9 @@ from effjax.core import tree as tree_lib
 from effjax.data import pipeline
 from effjax.infer import generate as generate_lib
 from effjax.infer import sampling
-from effjax.measure import quality, rows
+from effjax.interop import linen
+from effjax.measure import bytes as bytes_lib
+from effjax.measure import leaves, quality, rows
 from effjax.recipe import config as config_lib
 from effjax.recipe import folder
 from effjax.train import stages
@@ -46,7 +48,7 @@ class Run:
     Raises:
       InputError: the corpus cannot be opened here.
     """
-    return pipeline.open_data(self.config.data)
+    return pipeline.open_data(self.config.data, tokenizer=self.tokenizer)
 
 
 def load(workdir: str | pathlib.Path, stage: str | None = None) -> Run:
@@ -103,7 +105,8 @@ def transform(
 
   Args:
     name: registry key, such as "rtn" or "magnitude".
-    params: parameter tree, not changed.
+    params: parameter tree, not changed. A parameter of another shape than its spec (a
+      Linen kernel with axes of heads) is reshaped.
     specs: tree of ParamSpecs of the same structure.
     stats: what `effjax.calibrate` returned, for transforms that need it.
     where: which parameters, such as {"path": "mlp"}; None for the default.
@@ -120,7 +123,28 @@ def transform(
     raise errors.InputError(
       f"{name} needs statistics: pass stats=effjax.calibrate(model, params, batches)"
     )
+  params = linen.matrices(params, specs)
   return technique(params, specs, stats, where=where, options=options)
+
+
+def sizes(params: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:
+  """What a tree holds, of any model: the bytes and counts of a results row.
+
+  Args:
+    params: leaves of any kind.
+    specs: tree of ParamSpecs of the same structure.
+
+  Returns:
+    `num_params`, `num_nonzero`, `bits_per_weight`, `bytes_held`, `simulated`.
+  """
+  num_weights = sum(spec.size for spec in tree_lib.flatten(specs).values())
+  return {
+    "num_params": bytes_lib.num_params(params),
+    "num_nonzero": bytes_lib.num_nonzero(params),
+    "bits_per_weight": bytes_lib.bits_per_weight(params, num_weights),
+    "bytes_held": bytes_lib.held_bytes(params),
+    "simulated": leaves.simulated(params),
+  }
 
 
 def evaluate(run: Run, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -165,20 +189,28 @@ def generate(
   params: Mapping[str, Any] | None = None,
   max_tokens: int = 128,
   seed: int = 0,
+  chat: bool = False,
+  system: str | None = None,
+  stop: str | Sequence[str] = (),
   **sampling_options: Any,
 ) -> str:
-  """The continuation of a prompt.
+  """The continuation of a prompt, or a chat model's answer to it.
 
   Args:
     run: a loaded stage.
-    prompt: text to continue.
+    prompt: text to continue; with `chat`, a user's message.
     params: another tree for its model; the stage's own if None.
     max_tokens: most tokens to generate.
     seed: of the random choices.
-    **sampling_options: temperature, top_k, top_p (see infer.sampling).
+    chat: write the prompt as the model's chat template does; only the answer returns.
+    system: with `chat`, how to answer.
+    stop: a string, or several, before the first of which the text ends.
+    **sampling_options: temperature, top_k, top_p, min_p, repetition_penalty (see
+      infer.sampling).
 
   Raises:
-    InputError: an option is out of range, or the text longer than trained for.
+    InputError: an option is out of range, the text longer than trained for, or the
+      model has no chat template that takes these messages.
   """
   options = core_config.build(sampling.SamplingOptions, sampling_options, "sampling")
   pieces = generate_lib.stream(
@@ -189,5 +221,8 @@ def generate(
     max_tokens=max_tokens,
     options=options,
     seed=seed,
+    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    chat=chat,
+    system=system,
   )
   return "".join(pieces)

@@ -13,6 +13,9 @@ from effjax.core import config as config_lib
 from effjax.core import errors
 from effjax.core import select as select_lib
 from effjax.data import config as data_config
+from effjax.interop import config as import_config
+from effjax.interop import opened as opened_lib
+from effjax.interop import sources
 from effjax.measure import config as measure_config
 from effjax.models import config as model_config
 from effjax.parallel import mesh as mesh_lib
@@ -20,6 +23,7 @@ from effjax.recipe import files, overrides
 from effjax.train import config as train_config
 
 TRAIN = "train"
+IMPORT = "import"
 # What `after` says to start from the freshly initialized model.
 INIT = "init"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -31,7 +35,8 @@ class StageConfig:
 
   Attributes:
     name: unique; also names the stage's folder.
-    technique: "train", or a transform of `effjax list transforms`.
+    technique: "train", "import" (a model from elsewhere, only as the first stage), or a
+      transform of `effjax list transforms`.
     after: the earlier stage it starts from; None for the one before it, "init" for the
       freshly initialized model (what the first stage starts from anyway).
     where: which parameters (see core.select); None for the technique's default, which
@@ -50,23 +55,31 @@ class StageConfig:
       bool(_NAME.fullmatch(self.name)) and self.name != INIT,
       f"name={self.name!r} must be letters, digits, '.', '_' or '-', and not {INIT!r}",
     )
-    if self.technique != TRAIN and self.technique not in transforms.names():
-      raise errors.unknown("technique", self.technique, (TRAIN, *transforms.names()))
+    known = (TRAIN, IMPORT, *transforms.names())
+    if self.technique not in known:
+      raise errors.unknown("technique", self.technique, known)
     # Defaults are filled in, so that config.json says what really ran.
     resolved = config_lib.to_dict(self.build_options())
     object.__setattr__(self, "options", resolved)
-    object.__setattr__(self, "where", config_lib.to_dict(self.build_where()))
+    where = self.build_where()
+    config_lib.require(
+      self.technique != IMPORT or where == select_lib.Where(),
+      "an import takes the whole model: leave out where",
+    )
+    object.__setattr__(self, "where", config_lib.to_dict(where))
 
   def build_options(self) -> Any:
     """The options dataclass of the technique."""
     if self.technique == TRAIN:
       return config_lib.build(train_config.TrainConfig, self.options, "options")
+    if self.technique == IMPORT:
+      return config_lib.build(import_config.ImportOptions, self.options, "options")
     return transforms.find(self.technique).options(self.options)
 
   def build_where(self) -> select_lib.Where:
     """The selection."""
     default = select_lib.Where()
-    if self.technique != TRAIN:
+    if self.technique not in (TRAIN, IMPORT):
       default = transforms.find(self.technique).default_where
     return select_lib.parse(self.where, default)
 
@@ -76,7 +89,8 @@ class Config:
   """A run.
 
   Attributes:
-    model: what is trained.
+    model: what is trained; None where the first stage imports one, whose config it
+      becomes.
     stages: what happens to it, in this order.
     seed: of initialization and of each training's noise.
     data: what it is trained and scored on.
@@ -84,8 +98,8 @@ class Config:
     measure: how every stage is measured.
   """
 
-  model: model_config.DecoderConfig
-  stages: tuple[StageConfig, ...]
+  model: model_config.DecoderConfig | None = None
+  stages: tuple[StageConfig, ...] = ()
   seed: int = 0
   data: data_config.DataConfig = data_config.DataConfig()
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
@@ -95,12 +109,59 @@ class Config:
     config_lib.require(self.seed >= 0, f"seed={self.seed} must not be negative")
     config_lib.require(bool(self.stages), "stages must hold at least one stage")
     self._check_tree()
+    self._resolve_import()
     self._check_lengths()
     config_lib.require(
       self.model.vocab_size >= self.data.vocab_size,
       f"model.vocab_size={self.model.vocab_size} is smaller than the "
       f"{self.data.vocab_size} of data.vocab_size; make them equal",
     )
+
+  @property
+  def imported(self) -> import_config.ImportOptions | None:
+    """What the first stage imports, or None."""
+    first = self.stages[0]
+    return first.build_options() if first.technique == IMPORT else None
+
+  def open_source(self) -> opened_lib.Opened:
+    """What the first stage imports, its headers read and checked.
+
+    Raises:
+      InputError: it is gone, or not what it was.
+    """
+    try:
+      options = self.imported
+      found = sources.open_source(
+        options.source, options.manual_dir, options.keep_quantized
+      )
+    except errors.InputError as error:
+      raise errors.InputError(f"config.stages[0]: {error}") from None
+    if self.model is not None and found.model.config != self.model:
+      raise errors.InputError(
+        f"config.stages[0]: {self.imported.source} is not the model of config.model; "
+        "leave config.model out, then it is what the import brings"
+      )
+    return found
+
+  def _resolve_import(self) -> None:
+    """Fills in what only the imported model knows."""
+    for i, stage in enumerate(self.stages):
+      config_lib.require(
+        stage.technique != IMPORT or i == 0,
+        f"config.stages[{i}] ({stage.name}): only the first stage can be an import",
+      )
+    config_lib.require(
+      self.model is not None or self.imported is not None,
+      "config.model is missing; it has no default unless the first stage is an import",
+    )
+    if self.model is not None:
+      return
+    found = self.open_source()
+    object.__setattr__(self, "model", found.model.config)
+    if self.data.tokenizer == "model" and found.tokenizer is not None:
+      size = found.tokenizer.vocab_size
+      data = dataclasses.replace(self.data, vocab_size=size)
+      object.__setattr__(self, "data", data)
 
   def parent(self, index: int) -> int | None:
     """Number of the stage that stage `index` starts from, None for a fresh model."""

@@ -77,17 +77,22 @@ def make(config: config_lib.Config) -> Plan:
     parent = config.parent(i)
     start = plan.fresh if parent is None else shapes[parent]
     with _naming(i, stage.name):
-      made = _outcome(stage, specs, start)
+      made = _outcome(config, stage, specs, start)
       plan.shardings(made)
     shapes.append(made)
   return dataclasses.replace(plan, shapes=tuple(shapes))
 
 
 def _outcome(
-  stage: config_lib.StageConfig, specs: Mapping[str, Any], start: Mapping[str, Any]
+  config: config_lib.Config,
+  stage: config_lib.StageConfig,
+  specs: Mapping[str, Any],
+  start: Mapping[str, Any],
 ) -> Mapping[str, Any]:
   """The shapes a stage makes of the shapes it starts from."""
   where = stage.build_where()
+  if stage.technique == config_lib.IMPORT:
+    return config.open_source().abstract(stage.build_options().kept_dtype)
   if stage.technique == config_lib.TRAIN:
     paths = select_lib.select(specs, where)
     plain = jax.eval_shape(lambda params: masks.take_out(params, paths)[0], start)

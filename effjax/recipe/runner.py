@@ -7,7 +7,6 @@ training at the step, where it stopped.
 
 import contextlib
 import pathlib
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,20 @@ from effjax.core import config as core_config
 from effjax.core import errors
 from effjax.data import pipeline
 from effjax.measure import baselines, memory, rows
+from effjax.recipe import (
+  committing,
+  environment,
+  files,
+  folder,
+  import_stage,
+  train_stage,
+  transform_stage,
+)
 from effjax.recipe import config as config_lib
-from effjax.recipe import environment, files, folder, train_stage, transform_stage
 from effjax.recipe import plan as plan_lib
 from effjax.recipe import session as session_lib
 from effjax.report import folder as report
-from effjax.train import signals, stages
+from effjax.train import signals
 
 
 def run(
@@ -57,7 +64,10 @@ def run(
   plain = core_config.to_dict(config)
   folder.check(root, plain, fresh)
   environment.keep_compiled()
-  data = pipeline.open_data(config.data, jax.process_index(), jax.process_count())
+  tokenizer = config.open_source().tokenizer if config.imported else None
+  data = pipeline.open_data(
+    config.data, jax.process_index(), jax.process_count(), tokenizer
+  )
   with folder.opened(root, plain, changes, fresh), _stoppable():
     session = session_lib.Session(plan=plan, data=data, root=root, profile=profile)
     _note_environment(session)
@@ -77,11 +87,14 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
   if target.exists():
     session_lib.say(f"{title}: done before")
     return folder.read_json(target / folder.ROW)
-  start = f"after {after}" if after else "from a fresh model"
-  session_lib.say(f"{title}: {stage.technique}, {start}")
+  if stage.technique == config_lib.IMPORT:
+    start = f"of {config.imported.source}"
+  else:
+    start = f"after {after}" if after else "from a fresh model"
+  session_lib.say(f"{title}: {stage.technique} {start}")
   peak = memory.Peak()
-  kind = train_stage if stage.technique == config_lib.TRAIN else transform_stage
-  made = kind.run(session, index)
+  kinds = {config_lib.TRAIN: train_stage, config_lib.IMPORT: import_stage}
+  made = kinds.get(stage.technique, transform_stage).run(session, index)
   about = rows.Stage(
     name=stage.name,
     technique=stage.technique,
@@ -95,25 +108,9 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
   row = rows.measure_stage(
     made.model, made.params, session.data.eval_set, config.measure, about
   )
-  _commit(session, target, made, row)
+  committing.commit(target, made, session.data.tokenizer, row)
   session_lib.say(f"{title}: {_summary(row)}")
   return row
-
-
-def _commit(
-  session: session_lib.Session,
-  target: pathlib.Path,
-  made: session_lib.Made,
-  row: dict[str, Any],
-) -> None:
-  """Saves model, parameters and row; they appear together, by one rename."""
-  partial = target.with_name(f".{target.name}.new")
-  shutil.rmtree(partial, ignore_errors=True)
-  stages.save_stage(
-    partial, made.model, made.params, made.specs, session.data.tokenizer
-  )
-  folder.write_json(partial / folder.ROW, row)
-  partial.rename(target)
 
 
 def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> None:

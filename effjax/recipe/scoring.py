@@ -45,9 +45,16 @@ def read_tokens(path: pathlib.Path) -> np.ndarray:
 
 
 def score_text(
-  run: api.Run, text: str, logits_path: pathlib.Path | None = None
+  run: api.Run,
+  text: str,
+  logits_path: pathlib.Path | None = None,
+  context: int | None = None,
+  stride: int | None = None,
 ) -> Mapping[str, Any]:
-  """Loss, perplexity and bits per byte of a text, in the run's windows.
+  """Loss, perplexity and bits per byte of a text, in windows.
+
+  With a stride equal to the context the windows do not overlap, which is how published
+  perplexities of long texts are often taken; every token is predicted either way.
 
   Args:
     run: a loaded stage.
@@ -55,10 +62,15 @@ def score_text(
     logits_path: where to write logits `[1, L, V]` float32 of the whole text as one
       sequence that begins with `bos_id`; it must not be longer than trained for.
 
+    context: tokens the model sees at once; None for the run's own.
+    stride: tokens a window moves on; None for the run's own, or with a context for half
+      of it.
+
   Raises:
-    InputError: logits are wanted of a text longer than trained for.
+    InputError: logits are wanted of a text longer than trained for, or such windows
+      are not possible.
   """
-  context, stride = run.config.data.eval_window
+  context, stride = _window(run, context, stride)
   ids = run.tokenizer.encode_documents([text])
   if logits_path is not None:
     # The last id is never an input: it is only predicted.
@@ -68,6 +80,24 @@ def score_text(
   )
   batch_size = run.config.measure.eval_batch_size
   return quality.evaluate(run.model, run.params, eval_set, batch_size)
+
+
+def _window(run: api.Run, context: int | None, stride: int | None) -> tuple[int, int]:
+  own_context, own_stride = run.config.data.eval_window
+  if stride is None:
+    stride = own_stride if context is None else max(1, context // 2)
+  context = own_context if context is None else context
+  limit = run.model.config.max_len
+  config.require(
+    1 <= context <= limit,
+    f"--context {context} must be from 1 to {limit}, the longest text of the model",
+  )
+  config.require(
+    1 <= stride <= context,
+    f"--stride {stride} must be from 1 to the context ({context}): a longer one would "
+    "leave tokens unscored",
+  )
+  return context, stride
 
 
 def score_tokens(

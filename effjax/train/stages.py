@@ -27,12 +27,19 @@ from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import tokenizers
 from effjax.models import config as model_config
-from effjax.models import decoder
+from effjax.models import decoder, encoder, encoder_config
 from effjax.parallel import rules, sharding
 from effjax.train import checkpoint, inventory
 from effjax.weights import describe
 
 FORMAT = 1
+Model = decoder.Decoder | encoder.Encoder
+# What model.json calls an architecture: the model, and how its config is read.
+_ARCHITECTURES = {
+  "decoder": (decoder.Decoder, model_config.from_dict),
+  "encoder": (encoder.Encoder, encoder_config.from_dict),
+}
+_NAMES = {model_cls: name for name, (model_cls, _) in _ARCHITECTURES.items()}
 
 
 class Stage(NamedTuple):
@@ -46,7 +53,7 @@ class Stage(NamedTuple):
 
 def save_stage(
   path: str | os.PathLike,
-  model: decoder.Decoder,
+  model: Model,
   params: Mapping[str, Any],
   specs: Mapping[str, Any],
   tokenizer: Any = None,
@@ -129,7 +136,7 @@ def load_stage(
 
 def _write(
   folder: pathlib.Path,
-  model: decoder.Decoder,
+  model: Model,
   params: Mapping[str, Any],
   specs: Mapping[str, Any],
   tokenizer: Any,
@@ -147,7 +154,7 @@ def _write(
   if jax.process_index() == 0:
     about = {
       "format": FORMAT,
-      "architecture": "decoder",
+      "architecture": _NAMES[type(model)],
       "config": config_lib.to_dict(model.config),
       "precision": config_lib.to_dict(model.precision),
     }
@@ -165,18 +172,20 @@ def _named_arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
   return {n: a for path, leaf in flat.items() for n, a in describe.arrays(path, leaf)}
 
 
-def _read_model(path: pathlib.Path) -> decoder.Decoder:
+def _read_model(path: pathlib.Path) -> Model:
   about = _read_json(path)
-  if about.get("architecture") != "decoder":
+  name = about.get("architecture")
+  if not isinstance(name, str) or name not in _ARCHITECTURES:
     raise errors.InputError(
-      f"{path}: architecture {about.get('architecture')!r} is unknown; "
-      "available: decoder"
+      f"{path}: architecture {name!r} is unknown; available: "
+      + ", ".join(_ARCHITECTURES)
     )
+  model_cls, read_config = _ARCHITECTURES[name]
   try:
     policy = config_lib.build(
       precision.PrecisionConfig, about.get("precision"), "precision"
     )
-    return decoder.Decoder(model_config.from_dict(about.get("config")), policy)
+    return model_cls(read_config(about.get("config")), policy)
   except errors.InputError as error:
     raise errors.InputError(f"{path}: {error}") from None
 

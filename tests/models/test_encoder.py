@@ -135,6 +135,71 @@ def test_statistics_of_shared_weights_sum_over_uses(tied):
   _close(logits, apply(variables, tokens_BL, segments=segments)[0])
 
 
+def test_a_sentence_is_the_normalized_mean_of_its_tokens():
+  model, params, tokens_BL = _build(pooling="mean", scan=False)
+  segments = jnp.ones_like(tokens_BL).at[1, 6:].set(0)
+
+  @jax.jit
+  def run(p):
+    is_layer = lambda module, _: isinstance(module, encoder.EncoderLayer)
+    return model.apply(
+      {"params": p},
+      tokens_BL,
+      segments=segments,
+      capture_intermediates=is_layer,
+      mutable=("intermediates",),
+    )
+
+  (got, _), kept = run(params)
+  assert got.shape == (2, 16) and got.dtype == jnp.float32
+  np.testing.assert_allclose(jnp.linalg.norm(got, axis=1), 1.0, rtol=1e-5)
+  ((states_BLD, _, _),) = kept["intermediates"]["layer_3"]["__call__"]
+  for row, length in enumerate((LENGTH, 6)):
+    mean = np.asarray(states_BLD)[row, :length].mean(0)
+    np.testing.assert_allclose(got[row], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_a_sentence_does_not_depend_on_what_stands_behind_it():
+  model, params, tokens_BL = _build(pooling="mean")
+  apply = jax.jit(model.apply)
+  embed = lambda *args: apply({"params": params}, *args)[0]
+  alone = embed(tokens_BL[:, :6])
+  count = jnp.arange(LENGTH)
+  positions = jnp.broadcast_to(jnp.where(count < 6, count, count - 6), (2, LENGTH))
+  padded = jnp.broadcast_to((count < 6).astype(jnp.int32), (2, LENGTH))
+  packed = jnp.where(padded > 0, 3, 5)
+  for segments in (padded, packed):
+    other = embed(tokens_BL, positions, segments)
+    np.testing.assert_allclose(other, alone, atol=1e-5)
+    changed = embed(tokens_BL.at[:, 6:].set(7), positions, segments)
+    np.testing.assert_allclose(changed, alone, atol=1e-5)
+
+
+def test_gradients_of_sentences_are_finite_also_without_a_token():
+  model, params, tokens_BL = _build(pooling="mean")
+  segments = jnp.ones_like(tokens_BL).at[1].set(0)
+  probe = jax.random.normal(jax.random.key(5), (2, 16))
+
+  def loss(p):
+    y_BD = model.apply({"params": p}, tokens_BL, segments=segments)[0]
+    return jnp.sum(y_BD * probe), y_BD
+
+  (_, y_BD), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  assert jnp.all(y_BD[1] == 0) and jnp.any(y_BD[0] != 0)
+  norms = jax.tree.map(lambda g: float(jnp.max(jnp.abs(g))), gradient)
+  assert all(np.isfinite(value) for value in jax.tree.leaves(norms))
+  assert norms["embed"]["table"] > 0
+  only = np.unique(np.asarray(tokens_BL[0]))
+  used = np.flatnonzero(np.any(np.asarray(gradient["embed"]["table"]) != 0, axis=1))
+  assert set(used) <= set(only)
+
+
+def test_a_sentence_encoder_has_no_head():
+  plain, classes = _shapes(encoder.Encoder(_config(pooling="mean"))), _config()
+  heads = {"head", "head_bias", "head_norm/scale", "head_norm/bias", "vocab_bias"}
+  assert _shapes(encoder.Encoder(classes)).keys() - plain.keys() == heads
+
+
 def test_factorized_embeddings_are_small():
   model = encoder.Encoder(_config(embedding_dim=4))
   shapes = {name: p.shape for name, p in _shapes(model).items()}
@@ -195,6 +260,8 @@ def test_config_round_trips_and_bert_is_the_default():
     ),
     ({"norm": "past"}, "unknown norm 'past'; did you mean 'post'"),
     ({"position": "rope"}, "unknown position 'rope'"),
+    ({"pooling": "men"}, "unknown pooling 'men'; did you mean 'mean'"),
+    ({"pooling": "mean", "num_classes": 2}, "pooling='mean' .* num_classes=2, .* both"),
     ({"num_token_types": -1}, "num_token_types=-1 must not be negative"),
     ({"embedding_dim": 0}, "embedding_dim=0 must be positive"),
     ({"mlp_options": {"gelu": {"hidden_dim": 0}}}, "hidden_dim=0 must be positive"),

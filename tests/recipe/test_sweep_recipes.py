@@ -37,8 +37,9 @@ def test_parameters_are_those_of_the_docstring(arg, millions):
     active += used * 2 / 8 if is_expert else used
   assert (round(active / 1e6, 2), round(total / 1e6, 2)) == millions
   lines = pathlib.Path(PATH).read_text().splitlines()
-  (row,) = [line for line in lines if line.startswith(f"| {arg} |")]
-  assert row.endswith(f"| {millions[0]:.2f} M | {millions[1]:.2f} M |")
+  models, results = [line for line in lines if line.startswith(f"| {arg} |")]
+  assert models.endswith(f"| {millions[0]:.2f} M | {millions[1]:.2f} M |")
+  assert f"| {millions[0]:.2f} M, {millions[1]:.2f} M |" in results
 
 
 def test_every_decoder_has_three_seeds():

@@ -12,7 +12,7 @@ import pytest
 from effjax.core import errors, specs, tree
 from effjax.data import tokenizers
 from effjax.models import config as model_config
-from effjax.models import decoder
+from effjax.models import decoder, encoder, encoder_config
 from effjax.parallel import mesh as mesh_lib
 from effjax.train import checkpoint, stages
 from effjax.weights.leaves import masked, quantized
@@ -79,6 +79,37 @@ def test_round_trip(stage):
   assert loaded.model == saved.model and loaded.specs == saved.specs
   text = "déjà vu\n"
   assert loaded.tokenizer.encode(text) == saved.tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("head", [{}, {"num_classes": 3}, {"pooling": "mean"}])
+def test_an_encoder_comes_back_equal(tmp_path, head):
+  options = {"attention": {"num_heads": 2, "head_dim": 8}}
+  config = encoder_config.EncoderConfig(
+    vocab_size=32,
+    embed_dim=16,
+    num_layers=4,
+    share=2,
+    embedding_dim=8,
+    mixer_options=options,
+    max_len=16,
+    **head,
+  )
+  model = encoder.Encoder(config)
+  tree_specs = specs.specs(model)
+  draw = lambda spec: jnp.asarray(np.random.default_rng(0).normal(size=spec.shape))
+  params = jax.tree.map(draw, tree_specs)
+  stages.save_stage(tmp_path / "0-train", model, params, tree_specs)
+  about = json.loads((tmp_path / "0-train" / "model.json").read_text())
+  assert about["architecture"] == "encoder"
+  loaded = stages.load_stage(tmp_path / "0-train")
+  _same(loaded.params, params)
+  assert loaded.model == model and loaded.specs == tree_specs
+  assert loaded.tokenizer is None
+  tokens_BL = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+  apply = lambda stage_model, p: stage_model.apply({"params": p}, tokens_BL)[0]
+  np.testing.assert_array_equal(
+    apply(loaded.model, loaded.params), apply(model, params)
+  )
 
 
 @pytest.mark.parametrize("preset", ["dp", "fsdp"])
@@ -161,8 +192,13 @@ EDITS = {
   "newer format": ("tree.json", lambda v: v.update(format=2), "format 2"),
   "unknown architecture": (
     "model.json",
+    lambda v: v.update(architecture="vision"),
+    "architecture 'vision' is unknown; available: decoder, encoder",
+  ),
+  "another architecture": (
+    "model.json",
     lambda v: v.update(architecture="encoder"),
-    "encoder",
+    "unknown field of model",
   ),
   "unknown model field": (
     "model.json",

@@ -50,7 +50,9 @@ class AttentionOptions:
     rope_theta: base of the rotary wavelengths.
     rope_scaling: stretches rotary positions beyond the trained length, or None.
     qk_norm: RMS-normalize each query and key head before the rotation.
+    qk_norm_eps: added to their mean squares.
     bias: whether q, k, v and o have biases.
+    out_bias: whether o has one, where it differs from the others (Qwen2); None: `bias`.
     logit_cap: c of `c * tanh(scores / c)`, or None.
     window: tokens a query sees, itself included, or None for all; a causal model then
       keeps a rolling cache of so many.
@@ -64,13 +66,15 @@ class AttentionOptions:
   rope_theta: float = 10_000.0
   rope_scaling: rope_scaling_lib.RopeScaling | None = None
   qk_norm: bool = False
+  qk_norm_eps: float = 1e-5
   bias: bool = False
+  out_bias: bool | None = None
   logit_cap: float | None = None
   window: int | None = None
   implementation: str = "auto"
 
   def __post_init__(self):
-    for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta"):
+    for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm_eps"):
       value = getattr(self, name)
       config.require(value > 0, f"{name} must be positive, got {value}")
     config.require(
@@ -100,6 +104,12 @@ class AttentionOptions:
       window is None or window >= 1,
       f"window={window} must be at least 1, or None for no window",
     )
+
+  def has_bias(self, name: str) -> bool:
+    """Whether the projection `name` has a bias."""
+    if name == "o" and self.out_bias is not None:
+      return self.out_bias
+    return self.bias
 
   def pattern(self, causal: bool) -> patterns.Pattern:
     """Who sees whom."""
@@ -240,7 +250,7 @@ class Attention(nn.Module):
     """Queries or keys, normalized and rotated as the options say."""
     opts = self.options
     if opts.qk_norm:
-      x_BLHK = norm.RMSNorm(axis="head", name=name)(x_BLHK)
+      x_BLHK = norm.RMSNorm("head", opts.qk_norm_eps, name=name)(x_BLHK)
     if opts.position == "rope":
       x_BLHK = rope_lib.rope(x_BLHK, positions, opts.rope_theta, opts.rope_scaling)
     return x_BLHK
@@ -281,7 +291,7 @@ class Attention(nn.Module):
     self, y_BLF: jax.Array, name: str, axis: str, head_dim: int | None = None
   ) -> jax.Array:
     """Adds the bias of a projection, if there are biases."""
-    if not self.options.bias:
+    if not self.options.has_bias(name):
       return y_BLF
     w = weight_lib.weight(
       self,

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from effjax.core import config
 from effjax.core.shard import shard
-from effjax.nn import step_size
+from effjax.nn import norm, step_size
 from effjax.nn.caches import recurrent
 from effjax.nn.mixers import _recurrent
 from effjax.ops.ssm import api as ssm_ops
@@ -37,6 +37,9 @@ class Mamba1Options:
     dt_rank: rank of the projection to step sizes; None for a sixteenth of the model
       width, rounded up.
     conv_taps: length of the short causal convolution (tokens).
+    inner_norm: RMS-normalize dt (before it is projected up), B and C, as in Jamba
+      (Lieber et al. 2024, arXiv:2403.19887, section 6.4).
+    norm_eps: added to their mean squares.
     chunk: tokens that follow one another unrolled; does not change results.
     dt_min: smallest initial step size.
     dt_max: largest initial step size.
@@ -47,6 +50,8 @@ class Mamba1Options:
   state_dim: int = 16
   dt_rank: int | None = None
   conv_taps: int = 4
+  inner_norm: bool = False
+  norm_eps: float = 1e-6
   chunk: int = 8
   dt_min: float = 1e-3
   dt_max: float = 1e-1
@@ -59,6 +64,9 @@ class Mamba1Options:
       )
     config.require(
       self.conv_taps > 1, f"mamba1 conv_taps={self.conv_taps} must be at least 2"
+    )
+    config.require(
+      self.norm_eps > 0, f"mamba1 norm_eps={self.norm_eps} must be positive"
     )
     config.require(
       0 < self.dt_min < self.dt_max,
@@ -116,7 +124,10 @@ class Mamba1(_recurrent.RecurrentMixer):
       (x_BLI.shape[-1], size),
       axes=("inner", axis),
     )
-    return shard(verbs.contract(x_BLI, w), ("batch", "length", axis))
+    y = shard(verbs.contract(x_BLI, w), ("batch", "length", axis))
+    if not self.options.inner_norm:
+      return y
+    return norm.RMSNorm(axis, self.options.norm_eps, name=f"{name}_norm")(y)
 
   def _step_sizes(self, x_BLI: jax.Array) -> jax.Array:
     """A projection of low rank, its bias and softplus (section 3.6), in float32."""
@@ -129,7 +140,7 @@ class Mamba1(_recurrent.RecurrentMixer):
       nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # +- rank^-1/2
       (rank, inner),
       axes=("dt_rank", "inner"),
-      reads="dt_down",
+      reads="dt_down_norm" if opts.inner_norm else "dt_down",
     )
     bias = weight_lib.weight(
       self,

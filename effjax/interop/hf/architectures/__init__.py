@@ -1,0 +1,1 @@
+"""One small map an architecture: its fields, and where its tensors are."""

@@ -1,0 +1,1 @@
+"""ONNX: decoders as graphs that ONNX Runtime and TensorRT run."""
