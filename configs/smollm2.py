@@ -16,7 +16,21 @@ grids here have a zero or are symmetric, and round once more.
 
 Command: effjax run --config configs/smollm2.py
 
-Not run yet: no numbers to compare with.
+Result (2 CPU cores, about 7 minutes, most of them scoring; times and memory left out,
+as other programs ran beside it):
+
+| stage | bits/byte | bits/weight | MB held |
+| --- | ---: | ---: | ---: |
+| original | 0.934 | 32.00 | 538 |
+| int8 | 0.944 | 13.09 | 220 |
+| int4-g32 | 0.998 | 10.89 | 183 |
+| int4-g64 | 1.062 | 10.30 | 173 |
+| int3-g32 | 1.440 | 9.90 | 166 |
+| pruned-30 | 1.080 | 32.79 | 551 (simulated) |
+
+The embedding, a fifth of the parameters, stays in float32 and is three quarters of the
+bytes of int4. Without anything after it, plain rounding to 3 bits breaks the model, and
+taking out 30 % of the weights by magnitude costs more than int4 does.
 """
 
 import ml_collections

@@ -26,11 +26,9 @@ manifest says so.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,28 +40,13 @@ from jax import export
 
 from effjax.core import config as config_lib
 from effjax.core import errors
+from effjax.interop import assemble, safetensors_file
 from effjax.interop.hf import tokenizer_files
 from effjax.models import decoder
 
 PROGRAM, PARAMS, MANIFEST = "model.stablehlo", "params.safetensors", "manifest.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT = "effjax-stablehlo-1"
-# Names of dtypes in a safetensors header.
-_DTYPES = {
-  "float64": "F64",
-  "float32": "F32",
-  "float16": "F16",
-  "bfloat16": "BF16",
-  "int64": "I64",
-  "int32": "I32",
-  "int16": "I16",
-  "int8": "I8",
-  "uint64": "U64",
-  "uint32": "U32",
-  "uint16": "U16",
-  "uint8": "U8",
-  "bool": "BOOL",
-}
 # What tracing raises where a layer asks whether a free dimension is more than a number.
 _NOT_FREE = (
   TypeError,
@@ -127,7 +110,13 @@ def save(
   partial.mkdir()
   try:
     (partial / PROGRAM).write_bytes(raw)
-    _write_arrays(partial / PARAMS, arrays)
+    tensors = [
+      assemble.Foreign(
+        name, tuple(a.shape), jnp.dtype(a.dtype), lambda a=a: np.asarray(a)
+      )
+      for name, a in arrays.items()
+    ]
+    safetensors_file.write(partial / PARAMS, tensors)
     text = json.dumps(manifest, indent=2) + "\n"
     (partial / MANIFEST).write_text(text, encoding="utf-8")
     for name, content in tokenizer_files.files(tokenizer).items():
@@ -280,7 +269,7 @@ def _named(params: Mapping[str, Any]) -> dict[str, Any]:
         name += f"/{key.key}"
       else:
         name += f".{key.name}"
-    if jnp.dtype(array.dtype).name not in _DTYPES:
+    if jnp.dtype(array.dtype).name not in safetensors_file.DTYPES:
       raise errors.InputError(
         f"{name[1:]} is {array.dtype}, which a safetensors file cannot hold"
       )
@@ -315,24 +304,3 @@ def _manifest(
     "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     "model": config_lib.to_dict(cfg),
   }
-
-
-def _write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  """A safetensors file, one array at a time."""
-  header, start = {}, 0
-  for name, array in arrays.items():
-    dtype = jnp.dtype(array.dtype)
-    stop = start + math.prod(array.shape) * dtype.itemsize
-    header[name] = {
-      "dtype": _DTYPES[dtype.name],
-      "shape": list(array.shape),
-      "data_offsets": [start, stop],
-    }
-    start = stop
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
-    for array in arrays.values():
-      flat = np.ascontiguousarray(np.asarray(array)).reshape(-1)
-      file.write(flat.view(np.uint8).data)

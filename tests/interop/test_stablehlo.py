@@ -173,7 +173,7 @@ def test_the_folder_appears_whole_or_not_at_all(written, tmp_path, monkeypatch):
   def fail(*args):
     raise OSError("no space left on device")
 
-  monkeypatch.setattr(stablehlo, "_write_arrays", fail)
+  monkeypatch.setattr(stablehlo.safetensors_file, "write", fail)
   with pytest.raises(OSError, match="no space"):
     stablehlo.save(tmp_path / "out", found.model, found.params)
   assert list(tmp_path.iterdir()) == []

@@ -16,17 +16,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from effjax.core import errors
+from effjax.interop import safetensors_file
 from effjax.interop.assemble import Foreign
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Names of dtypes in a safetensors header.
+# Dtypes that weights have, as they are named in a header.
 _DTYPES = {
-  "float64": "F64",
-  "float32": "F32",
-  "float16": "F16",
-  "bfloat16": "BF16",
+  name: safetensors_file.DTYPES[name]
+  for name in ("float64", "float32", "float16", "bfloat16")
 }
+# What PyTorch's tools look for in a header.
+_METADATA = {"format": "pt"}
 _NUMPY = {
   short: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
   for name, short in _DTYPES.items()
@@ -198,46 +199,22 @@ def write(
   shards: list[list[Foreign]] = [[]]
   size = 0
   for tensor in tensors:
-    if shards[-1] and size + _num_bytes(tensor) > shard_bytes:
+    if shards[-1] and size + safetensors_file.num_bytes(tensor) > shard_bytes:
       shards.append([])
       size = 0
     shards[-1].append(tensor)
-    size += _num_bytes(tensor)
+    size += safetensors_file.num_bytes(tensor)
   if len(shards) == 1:
-    _write_file(folder / SINGLE, shards[0])
+    safetensors_file.write(folder / SINGLE, shards[0], _METADATA)
     return
   table = {}
   for number, shard in enumerate(shards, 1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    _write_file(folder / file, shard)
+    safetensors_file.write(folder / file, shard, _METADATA)
     table |= {tensor.name: file for tensor in shard}
-  total = sum(map(_num_bytes, tensors))
+  total = sum(map(safetensors_file.num_bytes, tensors))
   index = {"metadata": {"total_size": total}, "weight_map": table}
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _num_bytes(tensor: Foreign) -> int:
-  return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-
-
-def _write_file(path: pathlib.Path, tensors: Sequence[Foreign]) -> None:
-  """The library's own writer wants all tensors in memory; the format is simple."""
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-  start = 0
-  for tensor in tensors:
-    stop = start + _num_bytes(tensor)
-    header[tensor.name] = {
-      "dtype": _DTYPES[tensor.dtype.name],
-      "shape": list(tensor.shape),
-      "data_offsets": [start, stop],
-    }
-    start = stop
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors:
-      file.write(np.ascontiguousarray(tensor.make()).view(np.uint8).data)
 
 
 def dtype(name: str) -> np.dtype:
