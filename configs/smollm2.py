@@ -28,7 +28,7 @@ as other programs ran beside it):
 | int3-g32 | 1.440 | 9.90 | 166 |
 | pruned-30 | 1.080 | 32.79 | 551 (simulated) |
 
-The embedding, a fifth of the parameters, stays in float32 and is three quarters of the
+The embedding, a fifth of the parameters, stays in float32 and is over 60 % of the
 bytes of int4. Without anything after it, plain rounding to 3 bits breaks the model, and
 taking out 30 % of the weights by magnitude costs more than int4 does.
 """

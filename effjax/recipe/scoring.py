@@ -1,5 +1,6 @@
 """Scores a user's own text or token ids with a loaded run."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,9 @@ from effjax.data import documents, evaluation
 from effjax.infer import score
 from effjax.measure import quality
 from effjax.recipe import api
+
+# A larger power of e is no float64.
+_MAX_EXPONENT = 700
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -51,8 +55,10 @@ def score_text(
   context: int | None = None,
   stride: int | None = None,
 ) -> Mapping[str, Any]:
-  """Loss, perplexity and bits per byte of a text, in windows.
+  """Loss, perplexity (per token and per word) and bits per byte of a text, in windows.
 
+  A word is what white space separates, as in the protocol of WikiText (Merity et al.
+  2016, arXiv:1609.07843): perplexity per word compares models of other tokenizers.
   With a stride equal to the context the windows do not overlap, which is how published
   perplexities of long texts are often taken; every token is predicted either way.
 
@@ -79,7 +85,17 @@ def score_text(
     documents=(text,), ids=tuple(ids), context=context, stride=stride
   )
   batch_size = run.config.measure.eval_batch_size
-  return quality.evaluate(run.model, run.params, eval_set, batch_size)
+  found = quality.evaluate(run.model, run.params, eval_set, batch_size)
+  return found | _by_words(found, len(text.split()))
+
+
+def _by_words(found: Mapping[str, Any], num_words: int) -> dict[str, Any]:
+  """The summed loss over words; None where it is not finite, or there are none."""
+  nats = math.inf
+  if found["loss"] is not None and num_words:
+    nats = found["loss"] * found["num_tokens"] / num_words
+  fits = nats < _MAX_EXPONENT
+  return {"word_perplexity": math.exp(nats) if fits else None, "num_words": num_words}
 
 
 def _window(run: api.Run, context: int | None, stride: int | None) -> tuple[int, int]:

@@ -56,7 +56,35 @@ def test_score_of_the_validation_text_is_the_row(finished, here, capsys):
   argv = ["score", "--workdir", finished, "--stage", "int8", "--file", "text.py"]
   found = _json(capsys, *argv)
   assert found.pop("stage") == "int8"
+  words = found.pop("num_words")
+  assert words == len(eval_set.text.decode().split())
+  nats = found["loss"] * found["num_tokens"] / words
+  assert found.pop("word_perplexity") == pytest.approx(math.exp(nats), rel=1e-6)
   assert found == pytest.approx(run.row["quality"], rel=1e-6)
+
+
+def test_windows_of_a_file(finished, here, capsys):
+  text = pathlib.Path("a.txt")
+  text.write_text("some words of text, " * 12)
+  argv = ["score", "--workdir", finished, "--stage", "train", "--file", text]
+  run = effjax.load(finished, "train")
+  ids = run.tokenizer.encode_documents([text.read_text()])[0].astype(np.int32)
+  for context, stride in ((32, 32), (32, 8)):
+    found = _json(capsys, *argv, "--context", context, "--stride", stride)
+    nats, counted = 0.0, 0
+    # Every window by itself, as the protocol says it: the last `new` targets count.
+    for start in range(0, len(ids) - 1, stride):
+      window = ids[start : start + context + 1]
+      new = start + len(window) - 1 - counted
+      if new <= 0:
+        continue
+      logits = run.model.apply({"params": run.params}, jnp.asarray(window[None, :-1]))
+      logp = np.asarray(jax.nn.log_softmax(logits[0][0]), np.float64)
+      nats -= logp[np.arange(len(window) - 1), window[1:]][-new:].sum()
+      counted += new
+    assert counted == found["num_tokens"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(nats / counted, abs=1e-5)
+    assert (found["context"], found["stride"]) == (context, stride)
 
 
 def test_generate_is_reproducible_and_streams_the_prompt(finished, here, capsys):

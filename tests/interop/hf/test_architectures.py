@@ -10,6 +10,7 @@ import pytest
 
 from effjax.core import errors
 from effjax.interop.hf import architecture, folder, weights_files
+from effjax.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.oracle
 
@@ -228,6 +229,20 @@ def test_bfloat16_files_are_kept_or_widened(saved, tmp_path):
   folder.save(tmp_path / "again", model, wide, specs, dtype="bfloat16")
   same = (tmp_path / "again" / weights_files.SINGLE).read_bytes()
   assert same == (tmp_path / "half" / weights_files.SINGLE).read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["fsdp", "tp"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mamba2"])
+def test_weights_go_straight_onto_a_mesh(name, preset, saved):
+  opened = folder.open_folder(saved(name)[0])
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset))
+  sharded = opened.load(np.float32, mesh, preset)
+  plain = opened.load()
+  jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+  split = [a for a in jax.tree.leaves(sharded) if not a.sharding.is_fully_replicated]
+  assert split
+  for array in split:
+    assert array.addressable_shards[0].data.size < array.size
 
 
 def test_shards_are_read_like_one_file(saved, tmp_path):
