@@ -5,6 +5,7 @@ with beartype: arguments and results of functions and of Linen modules, and fiel
 dataclasses. Processes that tests start are not hooked.
 """
 
+import itertools
 import os
 import pathlib
 
@@ -15,6 +16,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE_BYTES = 2**30
+# JAX remembers 8,192 calls of jitted functions a process, and beyond them none that are
+# new: functions that count their compilations would count none.
+TESTS_A_JIT_CACHE = 300
 
 
 def _environment() -> dict[str, str]:
@@ -67,6 +71,15 @@ def subprocess_env() -> dict[str, str]:
   """Environment for a process of its own: effjax from this checkout, on one device."""
   path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
   return os.environ | {"PYTHONPATH": path}
+
+
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+  """Empties JAX's caches from time to time, before they are full."""
+  if next(_finished) % TESTS_A_JIT_CACHE == 0:
+    jax.clear_caches()
 
 
 def _oracle_required() -> bool:

@@ -13,6 +13,9 @@ from typing import Any
 
 from effjax.core import errors
 
+# The field by which config dataclasses of one union are told apart: its default.
+_TAG = "architecture"
+
 
 def require(condition: bool, message: str) -> None:
   """Raises InputError with `message` unless `condition` holds."""
@@ -113,10 +116,20 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _coerce_union(hint: Any, value: Any, path: str) -> Any:
-  """The first member of the union that fits."""
+  """The first member of the union that fits.
+
+  Of several config dataclasses the value's `architecture` says which is meant.
+  """
   args = typing.get_args(hint)
   if value is None and type(None) in args:
     return None
+  if isinstance(value, Mapping):
+    tagged = {a.architecture: a for a in args if hasattr(a, _TAG)}
+    if len(tagged) > 1:
+      tag = value.get(_TAG, next(iter(tagged)))
+      if tag not in tagged:
+        raise errors.unknown(f"{path}.{_TAG}", str(tag), tagged)
+      return build(tagged[tag], value, path)
   failures = []
   for option in (a for a in args if a is not type(None)):
     try:

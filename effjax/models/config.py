@@ -102,6 +102,7 @@ class DecoderConfig:
     position: "learned" adds an embedding of absolute positions, `max_len` of them, to
       that of the tokens; "none" leaves order to the mixers.
     logit_cap: c of `c * tanh(logits / c)`, or None.
+    architecture: "decoder", which tells it from an encoder in a file.
   """
 
   vocab_size: int
@@ -126,8 +127,11 @@ class DecoderConfig:
   norm_eps: float = 1e-5
   position: str = "none"
   logit_cap: float | None = None
+  architecture: str = "decoder"
 
   def __post_init__(self):
+    if self.architecture != "decoder":
+      raise errors.unknown("architecture", self.architecture, ("decoder",))
     for name in ("vocab_size", "embed_dim", "embed_std", "max_len", *_SHARES):
       config.require(getattr(self, name) > 0, f"{name} must be positive")
     for name, allowed in (

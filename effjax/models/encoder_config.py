@@ -56,6 +56,7 @@ class EncoderConfig:
     runs: how equal layers are scanned; None finds the maximal runs.
     scan: False keeps every layer apart (`layer_<k>/...`), with an unrolled loop.
     remat: what the backward pass recomputes; see DecoderConfig.
+    architecture: "encoder", which tells it from a decoder in a file.
   """
 
   vocab_size: int
@@ -81,8 +82,11 @@ class EncoderConfig:
   runs: tuple[tuple[int, int], ...] | None = None
   scan: bool = True
   remat: str = "none"
+  architecture: str = "encoder"
 
   def __post_init__(self):
+    if self.architecture != "encoder":
+      raise errors.unknown("architecture", self.architecture, ("encoder",))
     self._check()
     if not self.layers:
       config.require(

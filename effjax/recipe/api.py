@@ -15,6 +15,7 @@ from effjax.infer import sampling
 from effjax.interop import linen
 from effjax.measure import bytes as bytes_lib
 from effjax.measure import leaves, quality, rows
+from effjax.models import decoder
 from effjax.recipe import config as config_lib
 from effjax.recipe import folder
 from effjax.train import stages
@@ -90,6 +91,20 @@ def load(workdir: str | pathlib.Path, stage: str | None = None) -> Run:
     stage=stage,
     row=folder.read_json(path / folder.ROW),
   )
+
+
+def require_language_model(run: Run, needed: str) -> None:
+  """Raises InputError unless a stage gives texts a probability.
+
+  Args:
+    run: a loaded stage.
+    needed: what would have been done with it, as the end of a sentence.
+  """
+  if not isinstance(run.model, decoder.Decoder):
+    raise errors.InputError(
+      f"stage {run.stage!r} is no language model but an "
+      f"{type(run.model).__name__.lower()}, which {needed}"
+    )
 
 
 def transform(
@@ -212,6 +227,7 @@ def generate(
     InputError: an option is out of range, the text longer than trained for, or the
       model has no chat template that takes these messages.
   """
+  require_language_model(run, "writes no text")
   options = core_config.build(sampling.SamplingOptions, sampling_options, "sampling")
   pieces = generate_lib.stream(
     run.model,

@@ -18,6 +18,7 @@ from effjax.interop import opened as opened_lib
 from effjax.interop import sources
 from effjax.measure import config as measure_config
 from effjax.models import config as model_config
+from effjax.models import encoder_config
 from effjax.parallel import mesh as mesh_lib
 from effjax.recipe import files, overrides
 from effjax.train import config as train_config
@@ -98,7 +99,7 @@ class Config:
     measure: how every stage is measured.
   """
 
-  model: model_config.DecoderConfig | None = None
+  model: model_config.DecoderConfig | encoder_config.EncoderConfig | None = None
   stages: tuple[StageConfig, ...] = ()
   seed: int = 0
   data: data_config.DataConfig = data_config.DataConfig()

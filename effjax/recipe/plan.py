@@ -19,6 +19,7 @@ from effjax.core import select as select_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
+from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
@@ -64,6 +65,11 @@ def make(config: config_lib.Config) -> Plan:
   Raises:
     InputError: something does not fit; the message names the stage.
   """
+  if not isinstance(config.model, model_config.DecoderConfig):
+    raise errors.InputError(
+      f"config.model is an {config.model.architecture}: a recipe trains and measures "
+      "language models; an encoder can be imported, exported and used in Python"
+    )
   pipeline.check(config.data)
   mesh = mesh_lib.make(config.mesh)
   model = decoder.Decoder(config.model)

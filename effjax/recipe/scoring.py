@@ -76,6 +76,7 @@ def score_text(
     InputError: logits are wanted of a text longer than trained for, or such windows
       are not possible.
   """
+  api.require_language_model(run, "gives texts no probability")
   context, stride = _window(run, context, stride)
   ids = run.tokenizer.encode_documents([text])
   if logits_path is not None:
@@ -131,6 +132,7 @@ def score_tokens(
   Raises:
     InputError: rows longer than trained for, or ids outside of the vocabulary.
   """
+  api.require_language_model(run, "gives tokens no probability")
   logits_BLV = score.logits(run.model, run.params, ids_BL)
   if logits_path is not None:
     _save(logits_path, logits_BLV)

@@ -6,7 +6,6 @@ from effjax.core import config, errors
 from effjax.data import symbols
 from effjax.data.tasks import base
 from effjax.measure import choices
-from effjax.models import decoder
 from effjax.recipe import api
 
 
@@ -65,12 +64,7 @@ def score_task(
 
 def _check(run: api.Run) -> None:
   """Raises InputError unless the run is a language model that reads text."""
-  if not isinstance(run.model, decoder.Decoder):
-    raise errors.InputError(
-      f"stage {run.stage!r} is no language model but an "
-      f"{type(run.model).__name__.lower()}: a task compares the probabilities of "
-      "answers, which it does not give"
-    )
+  api.require_language_model(run, "gives answers no probability")
   if run.tokenizer is None or isinstance(run.tokenizer, symbols.Symbols):
     raise errors.InputError(
       f"stage {run.stage!r} has no tokenizer of text, so it cannot read a task; import "

@@ -57,6 +57,36 @@ def test_mistakes_are_one_clear_line(values, message):
   assert "\n" not in str(caught.value)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+  radius: int
+  architecture: str = "round"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Square:
+  side: int
+  architecture: str = "square"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Either:
+  shape: Round | Square | None = None
+
+
+def test_of_several_dataclasses_the_architecture_chooses():
+  build = lambda shape: config.build(Either, {"shape": shape}).shape
+  assert build({"architecture": "square", "side": 2}) == Square(side=2)
+  assert build({"radius": 3}) == Round(radius=3)
+  assert build(config.to_dict(Square(side=2))) == Square(side=2)
+  assert build(None) is None
+  assert build(Square(side=1)) == Square(side=1)
+  with pytest.raises(errors.InputError, match="unknown field of config.shape 'side'"):
+    build({"side": 2})
+  with pytest.raises(errors.InputError, match="config.shape.architecture 'squre'; did"):
+    build({"architecture": "squre", "side": 2})
+
+
 def test_differences_name_the_leaf():
   old = config.to_dict(Outer(steps=1, inner=Inner(names=("a",))))
   new = config.to_dict(Outer(steps=2, inner=Inner(names=("b",))))

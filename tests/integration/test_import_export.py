@@ -2,11 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import effjax
 from effjax.cli import main
+from effjax.core import specs as specs_lib
+from effjax.interop.hf import folder
+from effjax.models import encoder, encoder_config
 
 _RECIPE = '''"""Imports a model and quantizes it."""
 import ml_collections
@@ -139,6 +143,36 @@ def test_bad_input_is_one_line_and_writes_nothing(
   assert message in err
   assert len(err.strip().splitlines()) == 1
   assert list(here.iterdir()) == []
+
+
+def test_an_encoder_is_imported_and_exported_and_writes_no_text(here, capsys):
+  cfg = encoder_config.EncoderConfig(
+    vocab_size=32,
+    embed_dim=16,
+    num_layers=2,
+    mixer_options={"attention": {"num_heads": 2, "head_dim": 8}},
+    pooling="mean",
+  )
+  model = encoder.Encoder(cfg)
+  params = model.init(jax.random.key(0), *model.example_inputs())["params"]
+  folder.save(here / "bert", model, params, specs_lib.specs(model))
+  assert _run(capsys, "import", "bert", "--workdir", "w")[0] == 0
+  run = effjax.load("w")
+  assert run.model == model
+  jax.tree.map(np.testing.assert_array_equal, run.params, dict(params))
+  argv = ["export", "--workdir", "w", "--format", "hf", "--out", "again"]
+  assert _run(capsys, *argv)[0] == 0
+  name = "model.safetensors"
+  assert (here / "again" / name).read_bytes() == (here / "bert" / name).read_bytes()
+  (here / "text").write_text("some text")
+  for argv, message in (
+    (["generate", "--prompt", "a"], "an encoder, which writes no text"),
+    (["score", "--file", "text"], "which gives texts no probability"),
+    (["export", "--format", "gguf", "--out", "o"], "not of an EncoderConfig"),
+  ):
+    code, _, err = _run(capsys, argv[0], "--workdir", "w", *argv[1:])
+    assert code == 2
+    assert message in err
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])

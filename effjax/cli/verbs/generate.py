@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     repetition_penalty=args.repetition_penalty,
   )
   run = api.load(args.workdir, args.stage)
+  api.require_language_model(run, "writes no text")
   pieces = generate.stream(
     run.model,
     run.params,

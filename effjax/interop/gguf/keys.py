@@ -146,6 +146,10 @@ def fitting(config: Any, name: str | None = None) -> architecture.Architecture:
     InputError: the model has something that the architecture (or none of them) can
       express; the message names it.
   """
+  if not isinstance(config, model_config.DecoderConfig):
+    raise errors.InputError(
+      f"a GGUF file is written of decoders here, not of an {type(config).__name__}"
+    )
   tries = registry.names(ARCHITECTURES) if name is None else (name,)
   order = sorted(tries, key=lambda n: (n not in _FIRST, n))
   lost: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from effjax.data import tokenizers
 from effjax.interop import assemble, opened
 from effjax.interop.fields import Fields
 from effjax.interop.hf import architecture, tokenizer_files, weights_files
-from effjax.models import decoder, encoder, encoder_config
+from effjax.models import api as models
 
 CONFIG = "config.json"
 POOLING = "1_Pooling/config.json"
@@ -44,7 +44,7 @@ def open_folder(path: str | os.PathLike) -> opened.Opened:
   if getattr(config, "tie_embeddings", True):
     for name in found.tied:
       source.drop(name)
-  model = build(config)
+  model = models.build(config)
   specs = specs_lib.specs(model)
   places = assemble.places(model, specs, found.rules_of(config))
   assemble.check(places, source, found.ignored)
@@ -99,13 +99,6 @@ def _check_pooling(file: pathlib.Path) -> None:
       "pooling_mode_mean_tokens"
     )
   fields.refuse(pooling_mode="mean")
-
-
-def build(config: Any) -> Any:
-  """The module of a config."""
-  if isinstance(config, encoder_config.EncoderConfig):
-    return encoder.Encoder(config)
-  return decoder.Decoder(config)
 
 
 def read_tokenizer(path: pathlib.Path, vocab_size: int) -> Any:
