@@ -15,7 +15,7 @@ from effjax.infer import sampling
 from effjax.interop import linen
 from effjax.measure import bytes as bytes_lib
 from effjax.measure import leaves, quality, rows
-from effjax.models import decoder
+from effjax.models import encoder
 from effjax.recipe import config as config_lib
 from effjax.recipe import folder
 from effjax.train import stages
@@ -100,10 +100,9 @@ def require_language_model(run: Run, needed: str) -> None:
     run: a loaded stage.
     needed: what would have been done with it, as the end of a sentence.
   """
-  if not isinstance(run.model, decoder.Decoder):
+  if isinstance(run.model, encoder.Encoder):
     raise errors.InputError(
-      f"stage {run.stage!r} is no language model but an "
-      f"{type(run.model).__name__.lower()}, which {needed}"
+      f"stage {run.stage!r} is no language model but an encoder, which {needed}"
     )
 
 

@@ -159,9 +159,10 @@ class Config:
       return
     found = self.open_source()
     object.__setattr__(self, "model", found.model.config)
-    if self.data.tokenizer == "model" and found.tokenizer is not None:
-      size = found.tokenizer.vocab_size
-      data = dataclasses.replace(self.data, vocab_size=size)
+    if self.data.tokenizer == "model":
+      # A source may have no tokenizer: ids can be scored all the same.
+      known = found.tokenizer or found.model.config
+      data = dataclasses.replace(self.data, vocab_size=known.vocab_size)
       object.__setattr__(self, "data", data)
 
   def parent(self, index: int) -> int | None:
