@@ -48,6 +48,12 @@ class Artefact:
   sha256: str
   source_only: bool = False
 
+  @property
+  def record(self) -> dict[str, str]:
+    """Which package it is, for the record of a run."""
+    package = f"{self.client} {self.package} {self.version}"
+    return {"package": package, "sha256": self.sha256}
+
   def command(self) -> list[str]:
     """The client's command line, run in the folder that receives the file."""
     if self.client == "pip":

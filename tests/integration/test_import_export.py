@@ -92,7 +92,7 @@ def test_a_recipe_starts_from_an_import(finished, exported, command, here, capsy
       expected["quality"]["loss"], rel=1e-6
     )
     assert row["bytes_held"] == expected["bytes_held"]
-  # The same command again finds everything done, and does not need the source.
+  # The same command again finds everything done.
   again = _run(capsys, "run", "--config", "recipe.py", "--workdir", "run")
   assert again[0] == 0
   assert "[2/2] int8: done before" in again[2]

@@ -22,6 +22,7 @@ Examples:
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 FORMATS = ("hf", "gguf", "onnx", "stablehlo")
@@ -110,27 +111,25 @@ def _write_gguf(args: argparse.Namespace, run: Any) -> str:
   """Writes a file; returns the type of its matrices."""
   from effjax.interop.gguf import export
 
-  kind = args.type or "F16"
-  notes = export.save(
-    args.out,
-    run.model,
-    run.params,
-    run.specs,
-    run.tokenizer,
-    type=kind,
-    dense=args.dense,
-    architecture=args.architecture,
-  )
-  _print_notes(notes)
-  return kind
+  return _write_typed(export.save, args, run, "F16", architecture=args.architecture)
 
 
 def _write_onnx(args: argparse.Namespace, run: Any) -> str:
   """Writes a file; returns the type of its matrices."""
   from effjax.interop.onnx import export
 
-  kind = args.type or "fp32"
-  notes = export.save(
+  return _write_typed(export.save, args, run, "fp32")
+
+
+def _write_typed(
+  save: Callable[..., list[str]],
+  args: argparse.Namespace,
+  run: Any,
+  default: str,
+  **options: Any,
+) -> str:
+  kind = args.type or default
+  notes = save(
     args.out,
     run.model,
     run.params,
@@ -138,6 +137,7 @@ def _write_onnx(args: argparse.Namespace, run: Any) -> str:
     run.tokenizer,
     type=kind,
     dense=args.dense,
+    **options,
   )
   _print_notes(notes)
   return kind

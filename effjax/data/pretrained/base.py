@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import zipfile
 
-from effjax.core import errors, registry
+from effjax.core import registry
 from effjax.data import cache, fetch
 
 PRETRAINED = "effjax.data.pretrained"
@@ -62,11 +62,9 @@ class Packaged:
   @property
   def record(self) -> dict[str, str]:
     """Origin and licence, for the record of a run."""
-    package = f"{self.artefact.client} {self.artefact.package} {self.artefact.version}"
     return {
       "name": self.name,
-      "package": package,
-      "sha256": self.artefact.sha256,
+      **self.artefact.record,
       "origin": self.origin,
       "licence": self.licence,
     }
@@ -83,6 +81,4 @@ def find(name: str) -> Packaged:
   Raises:
     InputError: there is none of that name.
   """
-  if name not in names():
-    raise errors.unknown("pretrained model", name, names())
-  return registry.find(PRETRAINED, name)
+  return registry.find(PRETRAINED, name, "pretrained model")

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from effjax.core import config, errors, registry
+from effjax.core import config, registry
 from effjax.data import fetch
 
 TASKS = "effjax.data.tasks"
@@ -108,11 +108,9 @@ class Task:
   @property
   def record(self) -> dict[str, Any]:
     """What the numbers are of, for the record of a run."""
-    package = f"{self.artefact.client} {self.artefact.package} {self.artefact.version}"
     return {
       "name": self.name,
-      "package": package,
-      "sha256": self.artefact.sha256,
+      **self.artefact.record,
       "origin": self.origin,
       "licence": self.licence,
       "split": self.split,
@@ -133,6 +131,4 @@ def find(name: str) -> Task:
   Raises:
     InputError: there is none of that name.
   """
-  if name not in names():
-    raise errors.unknown("task", name, names())
-  return registry.find(TASKS, name)
+  return registry.find(TASKS, name, "task")

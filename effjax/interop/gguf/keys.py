@@ -143,7 +143,7 @@ def fitting(config: Any, name: str | None = None) -> architecture.Architecture:
     name: which one to take; None takes the first that fits.
 
   Raises:
-    InputError: the model has something that the architecture (or none of them) can
+    InputError: the model has something that the architecture, or each of them, cannot
       express; the message names it.
   """
   if not isinstance(config, model_config.DecoderConfig):

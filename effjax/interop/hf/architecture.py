@@ -121,7 +121,7 @@ def fitting(config: Any, model_type: str | None = None) -> Architecture:
     model_type: which one to take; None takes the first that fits.
 
   Raises:
-    InputError: the model has something that the architecture (or none of them) can
+    InputError: the model has something that the architecture, or each of them, cannot
       express; the message names it.
   """
   tried = names() if model_type is None else (model_type,)
