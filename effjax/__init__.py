@@ -30,6 +30,7 @@ _NAMES = {
   "evaluate": "effjax.recipe.api",
   "measure": "effjax.recipe.api",
   "generate": "effjax.recipe.api",
+  "embed": "effjax.recipe.api",
 }
 __all__ = list(_NAMES)
 

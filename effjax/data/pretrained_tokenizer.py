@@ -50,6 +50,8 @@ class Pretrained:
       it), else the first of `eos_ids`, else `pad_id`, as lm-eval does; None if there
       is none of them.
     chat_template: Jinja source that writes messages as text, or None.
+    prefix_ids, suffix_ids: what the file puts around a text, such as [CLS] and [SEP];
+      an encoder reads them too.
   """
 
   def __init__(
@@ -83,8 +85,9 @@ class Pretrained:
         index is None or 0 <= index < self.vocab_size,
         f"{what} is {index}, the tokenizer has ids from 0 to {self.vocab_size - 1}",
       )
+    self.prefix_ids, self.suffix_ids = _added_around(tokenizer)
     if add_bos is None:
-      add_bos = bos_id is not None and _first_added(tokenizer) == bos_id
+      add_bos = bos_id is not None and self.prefix_ids[:1] == (bos_id,)
     config.require(
       not add_bos or bos_id is not None, "add_bos is true, but there is no bos_id"
     )
@@ -343,10 +346,12 @@ def _from_json(tokenizer: Mapping[str, Any]) -> hf.Tokenizer:
     ) from None
 
 
-def _first_added(tokenizer: Mapping[str, Any]) -> int | None:
-  """The id that the file's post-processor puts before a text, or None."""
+def _added_around(
+  tokenizer: Mapping[str, Any],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids that the file's post-processor puts before a text, and after it."""
   if tokenizer.get("post_processor") is None:
-    return None
+    return (), ()
   word = {"type": "WordLevel", "vocab": {"text": _TEXT_ID}, "unk_token": "text"}
   tiny = {
     "version": "1.0",
@@ -359,5 +364,6 @@ def _first_added(tokenizer: Mapping[str, Any]) -> int | None:
     "decoder": None,
     "model": word,
   }
-  first = _from_json(tiny).encode("text").ids[0]
-  return None if first == _TEXT_ID else first
+  ids = _from_json(tiny).encode("text").ids
+  text = ids.index(_TEXT_ID)
+  return tuple(ids[:text]), tuple(ids[text + 1 :])

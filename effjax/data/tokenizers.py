@@ -55,6 +55,7 @@ class Tokenizer:
     pad_id, chat_template: None.
     add_bos: True.
     start_id: `bos_id`.
+    prefix_ids, suffix_ids: `bos_id`, and nothing: what an encoder reads around a text.
   """
 
   pad_id = None
@@ -69,7 +70,8 @@ class Tokenizer:
     if bos_id is None:
       raise errors.InputError(f"the tokenizer has no {BOS} token to start a document")
     self.bos_id = self.start_id = bos_id
-    self.eos_ids = (bos_id,)
+    self.eos_ids = self.prefix_ids = (bos_id,)
+    self.suffix_ids = ()
     byte_of = {char: byte for byte, char in enumerate(token_bytes.byte_alphabet())}
     self._bytes_of = [b""] * self.vocab_size
     for token, index in backend.get_vocab().items():

@@ -12,7 +12,6 @@ Local letters: N items, A answers, P pairs of a position and its target.
 
 import functools
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import config, errors
+from effjax.infer import lengths
+from effjax.measure import answers as answers_lib
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +110,9 @@ def accuracy(
     answers: the answers' texts, without the space before them.
 
   Returns:
-    "accuracy" (the highest sum wins, the first of equal ones), "stderr" (its binomial
-    standard error), "accuracy_norm" (sums over the UTF-8 bytes of the answers),
-    "majority" (what always giving the most frequent answer gets), "num_examples" and
-    "recall" (of each answer, the share of its examples that were got right; None where
-    there are none). Without finite log-likelihoods the measured ones are None.
+    What `answers.summarize` returns (the highest sum wins, the first of equal ones),
+    and "accuracy_norm", the same with sums over the UTF-8 bytes of the answers. Without
+    finite log-likelihoods the measured ones are None.
 
   Raises:
     InputError: no examples, or shapes or labels that do not fit.
@@ -121,32 +120,16 @@ def accuracy(
   scores_NA, labels_N = np.asarray(log_likelihoods_NA), np.asarray(labels_N)
   num = len(labels_N)
   config.require(
-    num > 0 and scores_NA.shape == (num, len(answers)),
+    scores_NA.shape == (num, len(answers)),
     f"log-likelihoods of shape {scores_NA.shape} do not fit {num} labels and "
     f"{len(answers)} answers",
   )
-  config.require(
-    bool(0 <= labels_N.min() and labels_N.max() < len(answers)),
-    f"labels must be from 0 to {len(answers) - 1}",
-  )
-  counts_A = np.bincount(labels_N, minlength=len(answers))
   finite = bool(np.isfinite(scores_NA).all())
+  given_N = scores_NA.argmax(axis=1) if finite else None
+  found = answers_lib.summarize(given_N, labels_N, answers)
   bytes_A = np.array([len(answer.encode()) for answer in answers])
-  right_N = scores_NA.argmax(axis=1) == labels_N
   norm_N = (scores_NA / bytes_A[None]).argmax(axis=1) == labels_N
-  share = float(right_N.mean())
-  hits_A = np.bincount(labels_N[right_N], minlength=len(answers))
-  return {
-    "accuracy": share if finite else None,
-    "stderr": math.sqrt(share * (1 - share) / num) if finite else None,
-    "accuracy_norm": float(norm_N.mean()) if finite else None,
-    "majority": float(counts_A.max() / num),
-    "num_examples": num,
-    "recall": {
-      answer: float(hits / count) if finite and count else None
-      for answer, hits, count in zip(answers, hits_A, counts_A, strict=True)
-    },
-  }
+  return found | {"accuracy_norm": float(norm_N.mean()) if finite else None}
 
 
 def _encode(
@@ -212,10 +195,7 @@ def _by_length(rows: Iterable[_Row], limit: int) -> dict[int, list[_Row]]:
   """Rows by the length they are padded to: 32, 48, 64, 96, 128, 192, ... or limit."""
   groups: dict[int, list[_Row]] = {}
   for row in rows:
-    power = max(_MIN_LENGTH, 1 << (len(row.inputs) - 1).bit_length())
-    between = power * 3 // 4
-    fits = _MIN_LENGTH < power and len(row.inputs) <= between
-    length = min(between if fits else power, limit)
+    length = lengths.padded(len(row.inputs), _MIN_LENGTH, limit)
     groups.setdefault(length, []).append(row)
   return dict(sorted(groups.items()))
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from effjax.core import config
+from effjax.core import config, errors
+from effjax.data.tasks import base
 
 PRESETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
 
@@ -19,6 +20,9 @@ class MeasureConfig:
     batch: rows prefilled and decoded together.
     eval_batch_size: rows of a batch when the validation text is scored.
     latency: whether to time anything; the fields are null otherwise.
+    task: key of `effjax list tasks`: labelled text that every stage answers too, a
+      language model by log-likelihood, an encoder through a probe; None for no task.
+    task_limit: how many of its examples are taken; None for all.
     xz_preset: effort of xz primed with the training text, 0 to 9; each level costs
       more time, and 9 is also the extreme form.
   """
@@ -30,6 +34,8 @@ class MeasureConfig:
   batch: int = 1
   eval_batch_size: int = 16
   latency: bool = True
+  task: str | None = None
+  task_limit: int | None = None
   xz_preset: int = 9
 
   def __post_init__(self):
@@ -45,6 +51,12 @@ class MeasureConfig:
     config.require(
       self.warmup_tokens >= 0,
       f"warmup_tokens must not be negative, got {self.warmup_tokens}",
+    )
+    if self.task is not None and self.task not in base.names():
+      raise errors.unknown("task", self.task, base.names())
+    config.require(
+      self.task_limit is None or (self.task is not None and self.task_limit > 0),
+      f"task_limit={self.task_limit} must be positive, and goes with a task",
     )
     config.require(
       self.xz_preset in PRESETS, f"xz_preset must be 0 to 9, got {self.xz_preset}"

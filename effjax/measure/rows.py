@@ -6,7 +6,8 @@ from typing import Any
 
 from effjax.measure import bytes as bytes_lib
 from effjax.measure import config as config_lib
-from effjax.measure import device, flops, latency, leaves, quality
+from effjax.measure import device, flops, latency, leaves, quality, tasks
+from effjax.models import encoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,19 +44,21 @@ def measure_stage(
   eval_set: quality.EvalSet | None,
   config: config_lib.MeasureConfig,
   stage: Stage,
+  questions: tasks.Questions | None = None,
 ) -> dict[str, Any]:
   """Measures a model and returns its row, of plain JSON types.
 
   Args:
-    model: a Decoder.
+    model: a Decoder or Encoder.
     params: its parameters, of any leaf kinds.
-    eval_set: text it is scored on; None leaves the quality out.
+    eval_set: text it is scored on, see `measure_quality`.
     config: how it is measured.
     stage: what it comes from.
+    questions: what it is asked; without both the quality is left out.
   """
-  timed = scored = None
-  if eval_set is not None:
-    scored = quality.evaluate(model, params, eval_set, config.eval_batch_size)
+  timed = None
+  batch_size = config.eval_batch_size
+  scored = measure_quality(model, params, eval_set, questions, batch_size) or None
   if config.latency:
     timed = latency.measure(model, params, config, stage.seed)
   counted = flops.per_token(model, params, config.prompt_tokens)
@@ -85,3 +88,27 @@ def measure_stage(
     "seed": stage.seed,
     "corpus": stage.corpus,
   }
+
+
+def measure_quality(
+  model: Any,
+  params: Mapping[str, Any],
+  eval_set: quality.EvalSet | None,
+  questions: tasks.Questions | None,
+  batch_size: int,
+) -> dict[str, Any]:
+  """Everything that says how good a model is; empty where nothing is asked.
+
+  Args:
+    model: a Decoder or Encoder.
+    params: its parameters, of any leaf kinds.
+    eval_set: text that a decoder is scored on; an encoder gives it no probability.
+    questions: a task.
+    batch_size: rows of a batch.
+  """
+  found = {}
+  if eval_set is not None and not isinstance(model, encoder.Encoder):
+    found |= quality.evaluate(model, params, eval_set, batch_size)
+  if questions is not None:
+    found |= questions.quality(model, params, batch_size)
+  return found

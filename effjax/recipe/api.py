@@ -5,19 +5,22 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from effjax.compress import registry as transforms
 from effjax.core import config as core_config
 from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
+from effjax.infer import embed as embed_lib
 from effjax.infer import generate as generate_lib
 from effjax.infer import sampling
 from effjax.interop import linen
 from effjax.measure import bytes as bytes_lib
-from effjax.measure import leaves, quality, rows
+from effjax.measure import leaves, rows
 from effjax.models import encoder
 from effjax.recipe import config as config_lib
-from effjax.recipe import folder
+from effjax.recipe import folder, session
 from effjax.train import stages
 
 
@@ -164,13 +167,27 @@ def sizes(params: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]
 def evaluate(run: Run, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """Loss, perplexity and bits per byte on the run's validation text.
 
+  With `measure.task` also the accuracy on it, which is all there is of an encoder.
+
   Args:
     run: a loaded stage.
     params: another tree for its model; the stage's own if None.
+
+  Raises:
+    InputError: an encoder, and the run has no task.
   """
   params = run.params if params is None else params
   batch_size = run.config.measure.eval_batch_size
-  return quality.evaluate(run.model, params, run.data().eval_set, batch_size)
+  questions = session.questions_of(run.config, run.tokenizer)
+  if isinstance(run.model, encoder.Encoder):
+    if questions is None:
+      raise errors.InputError(
+        f"stage {run.stage!r} is an encoder, and its run has no measure.task to score "
+        "it on; see effjax.embed, and effjax score --task"
+      )
+    return questions.quality(run.model, params, batch_size)
+  eval_set = run.data().eval_set
+  return rows.measure_quality(run.model, params, eval_set, questions, batch_size)
 
 
 def measure(
@@ -183,17 +200,47 @@ def measure(
     params: another tree for its model; the stage's own if None.
     name: name of the row.
   """
-  data = run.data()
+  is_encoder = isinstance(run.model, encoder.Encoder)
+  data = None if is_encoder else run.data()
   about = rows.Stage(
     name=name,
     technique="python",
     after=run.stage,
     num_weights=sum(spec.size for spec in tree_lib.flatten(run.specs).values()),
     seed=run.config.seed,
-    corpus=f"{data.corpus.name} {data.corpus.facts['hash'][:12]}",
+    corpus=session.scored_on(run.config, data),
   )
   params = run.params if params is None else params
-  return rows.measure_stage(run.model, params, data.eval_set, run.config.measure, about)
+  return rows.measure_stage(
+    run.model,
+    params,
+    None if data is None else data.eval_set,
+    run.config.measure,
+    about,
+    session.questions_of(run.config, run.tokenizer),
+  )
+
+
+def embed(
+  run: Run, texts: Sequence[str], params: Mapping[str, Any] | None = None
+) -> np.ndarray:
+  """The embedding of each text `[N, D]`, float32 and of length 1, by an encoder.
+
+  Args:
+    run: a loaded stage.
+    texts: N texts; what is longer than the model was trained for loses its end.
+    params: another tree for its model; the stage's own if None.
+
+  Raises:
+    InputError: the model is no encoder, or it came without a tokenizer.
+  """
+  if run.tokenizer is None:
+    raise errors.InputError(
+      f"stage {run.stage!r} has no tokenizer; import the model with its own"
+    )
+  params = run.params if params is None else params
+  batch_size = run.config.measure.eval_batch_size
+  return embed_lib.embed(run.model, params, run.tokenizer, texts, batch_size)
 
 
 def generate(

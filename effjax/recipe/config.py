@@ -4,6 +4,7 @@ A recipe is a tuple of stages, each starting from what an earlier one made: a tr
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -124,8 +125,9 @@ class Config:
     first = self.stages[0]
     return first.build_options() if first.technique == IMPORT else None
 
-  def open_source(self) -> opened_lib.Opened:
-    """What the first stage imports, its headers read and checked.
+  @functools.cached_property
+  def source(self) -> opened_lib.Opened:
+    """What the first stage imports, its headers read and checked, once.
 
     Raises:
       InputError: it is gone, or not what it was.
@@ -157,7 +159,7 @@ class Config:
     )
     if self.model is not None:
       return
-    found = self.open_source()
+    found = self.source
     object.__setattr__(self, "model", found.model.config)
     if self.data.tokenizer == "model":
       # A source may have no tokenizer: ids can be scored all the same.
@@ -199,7 +201,9 @@ class Config:
       "data.sequence_length": self.data.sequence_length,
       "data.eval_context": self.data.eval_window[0],
     }
-    if self.measure.latency:
+    if self.measure.latency and isinstance(self.model, encoder_config.EncoderConfig):
+      needs["measure.prompt_tokens"] = self.measure.prompt_tokens
+    elif self.measure.latency:
       needs["measure's prompt_tokens + warmup_tokens + decode_tokens"] = (
         self.measure.needed_len
       )

@@ -12,7 +12,7 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
     InputError: the source is gone, damaged, or another model than it was.
   """
   config = session.config
-  found = config.open_source()
+  found = config.source
   options = config.stages[index].build_options()
   watch = session_lib.Stopwatch()
   params = found.load(options.kept_dtype, session.plan.mesh, config.mesh.preset)

@@ -10,6 +10,7 @@ from effjax.core import registry
 from effjax.core import tree as tree_lib
 from effjax.measure import flops
 from effjax.models import config as model_config
+from effjax.models import encoder
 from effjax.nn.mlps import moe
 from effjax.ops.attention import api as attention_ops
 from effjax.ops.moe import grouped
@@ -64,12 +65,14 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
 def _attention(plan: plan_lib.Plan) -> list[dict[str, Any]]:
   """Which implementation the layers with attention run in training, and why."""
   model, data = plan.model, plan.config.data
+  causal = not isinstance(model, encoder.Encoder)
   found: dict[tuple[str, str, str], list[int]] = {}
   for index, layer in enumerate(model.config.layers):
     technique = registry.find(model_config.MIXERS, layer.mixer)
     if not hasattr(technique, "attention_problem"):
       continue
-    mixer = technique(layer.build_mixer_options(), model.config.embed_dim)
+    options = layer.build_mixer_options()
+    mixer = technique(options, model.config.embed_dim, causal=causal)
     problem = mixer.attention_problem(
       data.batch_size, data.sequence_length, model.precision.dtype
     )

@@ -19,8 +19,9 @@ from effjax.core import select as select_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
-from effjax.models import config as model_config
-from effjax.models import decoder
+from effjax.data.tasks import base
+from effjax.models import api as models
+from effjax.models import encoder_config
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.recipe import config as config_lib
@@ -65,14 +66,10 @@ def make(config: config_lib.Config) -> Plan:
   Raises:
     InputError: something does not fit; the message names the stage.
   """
-  if not isinstance(config.model, model_config.DecoderConfig):
-    raise errors.InputError(
-      f"config.model is an {config.model.architecture}: a recipe trains and measures "
-      "language models; an encoder can be imported, exported and used in Python"
-    )
+  _check_measures(config)
   pipeline.check(config.data)
   mesh = mesh_lib.make(config.mesh)
-  model = decoder.Decoder(config.model)
+  model = models.build(config.model)
   specs = specs_lib.specs(model)
   fresh = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
   plan = Plan(
@@ -89,6 +86,29 @@ def make(config: config_lib.Config) -> Plan:
   return dataclasses.replace(plan, shapes=tuple(shapes))
 
 
+def _check_measures(config: config_lib.Config) -> None:
+  """Raises InputError if the quality of a stage could not be measured."""
+  task = config.measure.task
+  if task is not None and config.data.tokenizer == "ids":
+    raise errors.InputError(
+      f"config.measure.task: {task} is text, which a model of token ids "
+      "(data.tokenizer='ids') cannot read; leave the task out"
+    )
+  if not isinstance(config.model, encoder_config.EncoderConfig):
+    return
+  for i, stage in enumerate(config.stages):
+    if stage.technique == config_lib.TRAIN:
+      raise errors.InputError(
+        f"config.stages[{i}] ({stage.name}): 'train' trains language models, and "
+        "config.model is an encoder; import one (technique 'import') and compress it"
+      )
+  if task is None:
+    raise errors.InputError(
+      "config.measure.task is missing: an encoder gives texts no probability, and is "
+      f"measured by a task ({', '.join(base.names())})"
+    )
+
+
 def _outcome(
   config: config_lib.Config,
   stage: config_lib.StageConfig,
@@ -98,7 +118,7 @@ def _outcome(
   """The shapes a stage makes of the shapes it starts from."""
   where = stage.build_where()
   if stage.technique == config_lib.IMPORT:
-    return config.open_source().abstract(stage.build_options().kept_dtype)
+    return config.source.abstract(stage.build_options().kept_dtype)
   if stage.technique == config_lib.TRAIN:
     paths = select_lib.select(specs, where)
     plain = jax.eval_shape(lambda params: masks.take_out(params, paths)[0], start)

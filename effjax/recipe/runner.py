@@ -9,7 +9,7 @@ import contextlib
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -64,10 +64,13 @@ def run(
   plain = core_config.to_dict(config)
   folder.check(root, plain, fresh)
   environment.keep_compiled()
-  tokenizer = config.open_source().tokenizer if config.imported else None
+  tokenizer = config.source.tokenizer if config.imported else None
   data = pipeline.open_data(
     config.data, jax.process_index(), jax.process_count(), tokenizer
   )
+  questions = session_lib.questions_of(config, data.tokenizer)
+  if questions is not None:
+    questions.examples()  # What cannot be fetched shows now.
   with folder.opened(root, plain, changes, fresh), _stoppable():
     session = session_lib.Session(plan=plan, data=data, root=root, profile=profile)
     _note_environment(session)
@@ -106,7 +109,12 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
     peak_memory_bytes=peak.read(),
   )
   row = rows.measure_stage(
-    made.model, made.params, session.data.eval_set, config.measure, about
+    made.model,
+    made.params,
+    session.data.eval_set,
+    config.measure,
+    about,
+    session.questions,
   )
   committing.commit(target, made, session.data.tokenizer, row)
   session_lib.say(f"{title}: {_summary(row)}")
@@ -117,7 +125,7 @@ def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> No
   """Writes the reports and, last, result.json."""
   session_lib.say("report: compressors on the same text if there is any, tables, plots")
   data, lines = session.data, []
-  if data.eval_set.num_bytes is not None:
+  if any(row["quality"].get("num_bytes") is not None for row in table):
     lines = baselines.measure(
       data.eval_set.text, data.train_text(), session.config.measure.xz_preset
     )
@@ -125,21 +133,27 @@ def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> No
 
 
 def _summary(row: dict[str, Any]) -> str:
-  quality, decode_ms = row["quality"], row["decode_ms_p50"]
-  if quality["loss"] is None:
-    scored = "not finite"
-  elif "accuracy" in quality:
-    scored = f"{100 * quality['accuracy']:.2f} % right"
-  else:
-    scored = f"{quality['bits_per_byte']:.4f} bits/byte"
+  decode_ms = row["decode_ms_p50"]
   parts = [
-    scored,
+    *_scores(row["quality"]),
     f"{row['bits_per_weight']:.2f} bits/weight",
     f"{row['bytes_held'] / 1e6:.2f} MB",
   ]
   if decode_ms is not None:
     parts.append(f"{decode_ms:.2f} ms/token")
   return ", ".join(parts)
+
+
+def _scores(quality: Mapping[str, Any]) -> Iterator[str]:
+  """What was scored, in words."""
+  for name, words in (
+    ("bits_per_byte", "{:.4f} bits/byte"),
+    ("accuracy", "{:.2%} right"),
+  ):
+    answers_only = name == "bits_per_byte" and quality.get("num_bytes") is None
+    if name in quality and not answers_only:
+      value = quality[name]
+      yield "not finite" if value is None else words.format(value)
 
 
 def _note_environment(session: session_lib.Session) -> None:

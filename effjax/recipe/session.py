@@ -11,6 +11,9 @@ import jax
 
 from effjax.core import compiling
 from effjax.data import evaluation, pipeline
+from effjax.data.tasks import base
+from effjax.measure import tasks
+from effjax.models import encoder_config
 from effjax.recipe import folder
 from effjax.recipe import plan as plan_lib
 from effjax.train import stages
@@ -39,8 +42,13 @@ class Session:
 
   @property
   def corpus(self) -> str:
-    """Name and hash of the corpus, as the table shows them."""
-    return f"{self.data.corpus.name} {self.data.corpus.facts['hash'][:12]}"
+    """Name and hash of what is scored, as the table shows them."""
+    return scored_on(self.config, self.data)
+
+  @property
+  def questions(self) -> tasks.Questions | None:
+    """The task that every stage answers, if there is one."""
+    return questions_of(self.config, self.data.tokenizer)
 
   def folder(self, index: int) -> pathlib.Path:
     """Folder of stage number `index` (from 0)."""
@@ -97,6 +105,29 @@ class Made:
   params: dict[str, Any]
   specs: Mapping[str, Any]
   secs: float
+
+
+def questions_of(config: Any, tokenizer: Any) -> tasks.Questions | None:
+  """The task of a root config, asked through a tokenizer."""
+  if config.measure.task is None:
+    return None
+  return tasks.Questions(
+    task=config.measure.task,
+    tokenizer=tokenizer,
+    limit=config.measure.task_limit,
+    manual_dir=config.data.manual_dir,
+  )
+
+
+def scored_on(config: Any, data: pipeline.TextData | None) -> str:
+  """Names and hashes of the texts that a row's quality is about."""
+  found = []
+  if not isinstance(config.model, encoder_config.EncoderConfig):
+    found.append(f"{data.corpus.name} {data.corpus.facts['hash'][:12]}")
+  if config.measure.task is not None:
+    artefact = base.find(config.measure.task).artefact
+    found.append(f"{config.measure.task} {artefact.sha256[:12]}")
+  return ", ".join(found)
 
 
 class Stopwatch:

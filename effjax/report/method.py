@@ -1,6 +1,7 @@
 """How each number was measured, in words, with the settings of the runs at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from effjax.report import result as result_lib
 
@@ -20,7 +21,8 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
   warmup = _values(
     [(result.config.get("measure") or {}).get("warmup_tokens") for result in results]
   )
-  answers = [
+  asked = [row["quality"] for row in rows if row["quality"].get("task")]
+  answers = _of_tasks(asked) or [
     (
       "accuracy",
       f"share of the {scoring('num_tokens')} scored targets whose most likely "
@@ -37,7 +39,7 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
   first = spread if any(result.runs for result in results) else []
   has_answers = any(row["quality"].get("accuracy") is not None for row in rows)
   first += answers if has_answers else []
-  return first + [
+  text = [
     (
       "bits per byte",
       "summed negative log-likelihood of every predicted token, in nats, over ln 2 and "
@@ -50,8 +52,14 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
       "exponential of the mean negative log-likelihood of the "
       f"{scoring('num_tokens')} predicted tokens. It depends on the vocabulary.",
     ),
+  ]
+  if not any("num_bytes" in row["quality"] for row in rows):
+    text = []
+  return [
+    *first,
+    *text,
     (
-      "Δ bits/byte, x slower, x smaller",
+      "Δ bits/byte, x slower, x smaller" if text else "points, x slower, x smaller",
       "compared with the stage the row started from. Timings within 5 % count as "
       "the same.",
     ),
@@ -98,6 +106,37 @@ def definitions(results: Sequence[result_lib.Result]) -> list[tuple[str, str]]:
       "adds to the compressed training text.",
     ),
   ]
+
+
+def _of_tasks(asked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+  """What the accuracy is, for each way that questions were answered."""
+  ways = {
+    "log-likelihood": "the model's answer is the one of the highest log-likelihood, "
+    "with no example shown before",
+    "linear probe": "logistic regression on the model's embeddings answers, fitted on "
+    "the other four fifths of the texts that were taken",
+  }
+  found = []
+  for way in dict.fromkeys(quality["answered_by"] for quality in asked):
+    mine = [quality for quality in asked if quality["answered_by"] == way]
+    values = {
+      name: _values([quality[name] for quality in mine])
+      for name in ("task", "num_examples")
+    }
+    known = [quality["stderr"] for quality in mine if quality["stderr"] is not None]
+    certain = ""
+    if known:
+      certain = f"Its standard error is up to {100 * max(known):.1f} points. "
+    majority = _values([f"{100 * quality['majority']:.1f} %" for quality in mine])
+    found.append(
+      (
+        "accuracy",
+        f"share of {values['num_examples']} examples of {values['task']} answered "
+        f"right: {ways[way]}. {certain}Always giving the most frequent answer would "
+        f"get {majority}.",
+      )
+    )
+  return found
 
 
 def corpora(results: Sequence[result_lib.Result]) -> list[str]:

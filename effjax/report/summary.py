@@ -55,22 +55,20 @@ def facts(results: Sequence[result_lib.Result]) -> list[Fact]:
       detail=f"{name(*smallest)}{_against_first(*smallest, 'bytes_held')}",
     )
   )
-  timed = [x for x in rows if x[1]["decode_ms_p50"]]
-  if timed:
-    fastest = min(timed, key=lambda x: x[1]["decode_ms_p50"])
+  decodes = any(row["decode_ms_p50"] for _, row in rows)
+  field, doing, unit = (
+    ("decode_ms_p50", "decoding", "ms/token")
+    if decodes
+    else ("prefill_ms", "reading", "ms a batch")
+  )
+  timed = [x for x in rows if x[1][field]]
+  for word, choose in (("Fastest", min), ("Slowest", max)) if timed else ():
+    chosen = choose(timed, key=lambda x: x[1][field])
     found.append(
       Fact(
-        label="Fastest decoding",
-        value=f"{fastest[1]['decode_ms_p50']:.2f} ms/token",
-        detail=f"{name(*fastest)}{_against_first(*fastest, 'decode_ms_p50')}",
-      )
-    )
-    slowest = max(timed, key=lambda x: x[1]["decode_ms_p50"])
-    found.append(
-      Fact(
-        label="Slowest decoding",
-        value=f"{slowest[1]['decode_ms_p50']:.2f} ms/token",
-        detail=f"{name(*slowest)}{_against_first(*slowest, 'decode_ms_p50')}",
+        label=f"{word} {doing}",
+        value=f"{chosen[1][field]:.2f} {unit}",
+        detail=f"{name(*chosen)}{_against_first(*chosen, field)}",
       )
     )
   if scored:
@@ -82,12 +80,18 @@ def _against_first(result: result_lib.Result, row: Row, field: str) -> str:
   first = result.first(row)
   if first is None or not first[field]:
     return ""
-  words = {"bytes_held": ("smaller", "larger"), "decode_ms_p50": ("faster", "slower")}
-  less, more = words[field]
+  sizes = field == "bytes_held"
+  less, more = ("smaller", "larger") if sizes else ("faster", "slower")
   ratio = row[field] / first[field]
   change = f"{ratio:.2f}x {more}" if ratio > 1 else f"{1 / ratio:.2f}x {less}"
-  old, new = (r["quality"].get("bits_per_byte") for r in (first, row))
-  cost = "" if old is None or new is None else f", {new - old:+.3f} bits/byte"
+  cost = ""
+  for name, words in (
+    ("bits_per_byte", ", {:+.3f} bits/byte"),
+    ("accuracy", ", {:+.2%} right"),
+  ):
+    old, new = (r["quality"].get(name) for r in (first, row))
+    if old is not None and new is not None:
+      cost += words.format(new - old)
   return f": {change} than {first['stage']}{cost}"
 
 

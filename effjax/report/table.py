@@ -8,24 +8,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from effjax.report import groups
+from effjax.report import groups, notes
 from effjax.report import result as result_lib
 
 Row = Mapping[str, Any]
 MISSING = "–"
 PARENT, FIRST = "parent", "first"
-# Timings closer than this are called equal: they vary by as much from run to run.
-_SAME_TIME = 0.05
-_SAME_SIZE = 0.005
-_SAME_QUALITY = 0.0005
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Note:
-  """How a number compares: `text`, and "better", "worse" or "" as `tone`."""
-
-  text: str = ""
-  tone: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +29,8 @@ class Cell:
 
   text: str
   value: float | str | None = None
-  parent: Note = Note()
-  first: Note = Note()
+  parent: notes.Note = notes.Note()
+  first: notes.Note = notes.Note()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +75,7 @@ class _Spec:
   column: Column
   value: Callable[[Row], Any]
   show: Callable[[Any], str]
-  compare: Callable[[float, float], Note] | None = None
+  compare: Callable[[float, float], notes.Note] | None = None
 
 
 def build(results: Sequence[result_lib.Result]) -> Table:
@@ -119,25 +107,25 @@ def _cell(spec: _Spec, row: Row, result: result_lib.Result) -> Cell:
     counted = {"bpb": "num_bytes", "ppl": "num_tokens"}.get(key)
     broken = quality.get(counted) or (key == "accuracy" and key in quality)
     return Cell(text="not finite" if broken else MISSING)
-  notes = {}
+  compared = {}
   if spec.compare is not None:
     for name, other in (
       (PARENT, result.parent(row)),
       (FIRST, result.first(row)),
     ):
       base = None if other is None else spec.value(other)
-      notes[name] = Note() if base is None else spec.compare(value, base)
+      compared[name] = notes.Note() if base is None else spec.compare(value, base)
   if spec.column.key == "delta":
     # The difference itself is the cell.
     parent = result.parent(row)
     base = None if parent is None else spec.value(parent)
     value = None if base is None else value - base
-    return Cell(text=notes[PARENT].text or MISSING, value=value, **notes)
+    return Cell(text=compared[PARENT].text or MISSING, value=value, **compared)
   if spec.column.key == "technique" and row["after"]:
-    after = Note(text=f"after {row['after']}")
-    notes = {PARENT: after, FIRST: after}
+    after = notes.Note(text=f"after {row['after']}")
+    compared = {PARENT: after, FIRST: after}
   text = spec.show(value) + _spread(spec, row, result)
-  return Cell(text=text, value=value, **notes)
+  return Cell(text=text, value=value, **compared)
 
 
 def _spread(spec: _Spec, row: Row, result: result_lib.Result) -> str:
@@ -145,44 +133,6 @@ def _spread(spec: _Spec, row: Row, result: result_lib.Result) -> str:
   numeric = spec.column.numeric and spec is not _RUNS
   deviation = groups.deviation(result, row["stage"], spec.value) if numeric else None
   return f" ± {spec.show(deviation)}" if deviation else ""
-
-
-def _ratio(value: float, base: float, less: str, more: str, same: float) -> Note:
-  if not base or not value:
-    return Note()
-  ratio = value / base
-  if ratio > 1 + same:
-    return Note(text=f"{_factor(ratio)}x {more}", tone="worse")
-  if ratio < 1 / (1 + same):
-    return Note(text=f"{_factor(1 / ratio)}x {less}", tone="better")
-  return Note()
-
-
-def _factor(ratio: float) -> str:
-  return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-
-
-def _time(value: float, base: float) -> Note:
-  return _ratio(value, base, "faster", "slower", _SAME_TIME)
-
-
-def _size(value: float, base: float) -> Note:
-  return _ratio(value, base, "smaller", "larger", _SAME_SIZE)
-
-
-def _work(value: float, base: float) -> Note:
-  return _ratio(value, base, "less", "more", _SAME_SIZE)
-
-
-def _rate(value: float, base: float) -> Note:
-  note = _time(base, value)
-  return dataclasses.replace(note, text="")
-
-
-def _difference(value: float, base: float) -> Note:
-  delta = value - base
-  tone = "worse" if delta > 0 else "better"
-  return Note(text=f"{delta:+.4f}", tone=tone if abs(delta) > _SAME_QUALITY else "")
 
 
 def _digits(value: float) -> str:
@@ -215,7 +165,7 @@ def _spec(
   explain: str,
   value: Callable[[Row], Any],
   show: Callable[[Any], str] = _digits,
-  compare: Callable[[float, float], Note] | None = None,
+  compare: Callable[[float, float], notes.Note] | None = None,
   *,
   numeric: bool = True,
   priority: int = 1,
@@ -283,7 +233,7 @@ _SPECS = (
     "Difference in bits per byte; positive is worse.",
     _quality("bits_per_byte"),
     str,
-    _difference,
+    notes.difference,
   ),
   _spec("ppl", "ppl", "Perplexity per token.", _quality("perplexity"), priority=5),
   _spec(
@@ -292,6 +242,7 @@ _SPECS = (
     "Share of right answers.",
     _quality("accuracy"),
     lambda v: f"{100 * v:.2f} %",
+    notes.points,
     priority=0,
   ),
   _spec(
@@ -315,7 +266,7 @@ _SPECS = (
     "MB held",
     "Bytes of all parameter arrays in memory, in 10^6.",
     _field("bytes_held", 1e-6),
-    compare=_size,
+    compare=notes.size,
     priority=2,
   ),
   _spec(
@@ -330,7 +281,7 @@ _SPECS = (
     "MFLOPs/token theor.",
     "What remains if multiplications by pruned weights were skipped.",
     _field("flops_per_token", 1e-6),
-    compare=_work,
+    compare=notes.work,
     priority=5,
   ),
   _spec(
@@ -338,7 +289,7 @@ _SPECS = (
     "MFLOPs/token exec.",
     "What really runs.",
     _field("flops_executed_per_token", 1e-6),
-    compare=_work,
+    compare=notes.work,
     priority=5,
   ),
   _spec(
@@ -346,7 +297,7 @@ _SPECS = (
     "prefill ms",
     "Median time to read the prompt.",
     _field("prefill_ms"),
-    compare=_time,
+    compare=notes.time,
     priority=4,
   ),
   _spec(
@@ -354,7 +305,7 @@ _SPECS = (
     "decode ms p50",
     "Median time of one decoded token.",
     _field("decode_ms_p50"),
-    compare=_time,
+    compare=notes.time,
   ),
   _spec(
     "p90",
@@ -368,7 +319,7 @@ _SPECS = (
     "tok/s",
     "Decoded tokens a second.",
     _field("tokens_per_sec"),
-    compare=_rate,
+    compare=notes.rate,
     priority=3,
   ),
   _spec(

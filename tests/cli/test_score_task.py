@@ -4,6 +4,7 @@ import json
 import pathlib
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def _fails(capsys, *argv):
 _FOUND = {
   "stage": "int8",
   "task": "directions",
+  "answered_by": "log-likelihood",
   "accuracy": 0.75,
   "stderr": pytest.approx((0.75 * 0.25 / 4) ** 0.5),
   "accuracy_norm": 0.75,
@@ -103,12 +105,13 @@ def test_table(run, capsys):
   assert _out(capsys, "--task", "directions").splitlines() == [
     "stage          int8",
     "task           directions",
+    "answered_by    log-likelihood",
     "accuracy       0.75",
     "stderr         0.216506",
-    "accuracy_norm  0.75",
     "majority       0.75",
     "num_examples   4",
     "recall         down 0, up 1",
+    "accuracy_norm  0.75",
     "class_counts   down 1, up 3",
     "all_examples   4",
     "all_majority   0.75",
@@ -161,16 +164,22 @@ def test_options_that_do_not_belong_together(capsys, argv, message):
 def test_a_run_that_cannot_be_asked(run, capsys):
   argv = ["--task", "directions"]
   tokenizer, vars(run)["tokenizer"] = run.tokenizer, None
-  assert "stage 'int8' has no tokenizer of text" in _fails(capsys, *argv)
+  assert "without a tokenizer of text a model cannot read a task" in _fails(
+    capsys, *argv
+  )
   vars(run)["tokenizer"] = symbols.Symbols([symbols.START, "a"])
-  assert "stage 'int8' has no tokenizer of text" in _fails(capsys, *argv)
+  assert "without a tokenizer of text a model cannot read a task" in _fails(
+    capsys, *argv
+  )
   vars(run)["tokenizer"] = tokenizer
   options = {"attention": {"num_heads": 2, "head_dim": 8}}
   config = encoder_config.EncoderConfig(
-    vocab_size=32, embed_dim=16, num_layers=1, mixer_options=options, max_len=16
+    vocab_size=257, embed_dim=16, num_layers=1, mixer_options=options, max_len=16
   )
-  vars(run)["model"] = encoder.Encoder(config)
-  assert "stage 'int8' is no language model but an encoder" in _fails(capsys, *argv)
+  model = encoder.Encoder(config)
+  vars(run)["model"] = model
+  vars(run)["params"] = model.init(jax.random.key(0), *model.example_inputs())["params"]
+  assert "4 texts are too few for a probe" in _fails(capsys, *argv)
 
 
 def test_an_unknown_task_is_noticed_before_anything_is_loaded(capsys):

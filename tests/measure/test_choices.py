@@ -282,7 +282,7 @@ def test_accuracy_is_null_where_nothing_is_finite():
 def test_accuracy_refuses_what_does_not_fit():
   with pytest.raises(errors.InputError, match="do not fit 1 labels and 2 answers"):
     choices.accuracy(np.zeros((2, 2)), [0], ("a", "b"))
-  with pytest.raises(errors.InputError, match="do not fit 0 labels"):
+  with pytest.raises(errors.InputError, match="there are no examples"):
     choices.accuracy(np.zeros((0, 2)), [], ("a", "b"))
   with pytest.raises(errors.InputError, match="labels must be from 0 to 1"):
     choices.accuracy(np.zeros((1, 2)), [2], ("a", "b"))

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from effjax.core import tree as tree_lib
+from effjax.data import tokenizers
 from effjax.measure import config as config_lib
-from effjax.measure import rows
+from effjax.measure import rows, tasks
 from effjax.weights.leaves import masked
 
 FIELDS = {
@@ -75,3 +76,21 @@ def test_simulation_that_no_leaf_kind_shows_is_declared(model, params, text):
   stage = _stage("rounded", 1, simulated=("bytes",))
   row = rows.measure_stage(model, params, text, config, stage)
   assert row["simulated"] == ["bytes"]
+
+
+class Questions(tasks.Questions):
+  """A task whose answers are made up."""
+
+  def quality(self, model, params, batch_size):
+    return {"task": "made up", "accuracy": 0.5, "batch_size": batch_size}
+
+
+def test_a_task_stands_beside_the_text(model, params, text):
+  config = config_lib.MeasureConfig(prompt_tokens=8, latency=False, eval_batch_size=2)
+  asked = Questions(task="r8", tokenizer=tokenizers.byte_tokenizer())
+  found = rows.measure_quality(model, params, text, asked, 2)
+  assert (found["accuracy"], found["batch_size"]) == (0.5, 2)
+  assert found["bits_per_byte"] > 0
+  assert rows.measure_quality(model, params, None, None, 2) == {}
+  row = rows.measure_stage(model, params, None, config, _stage("t", 9))
+  assert row["quality"] is None

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from effjax.report import notes, terminal
 from effjax.report import table as table_lib
-from effjax.report import terminal
 
 
 def _cells(content, result, key):
@@ -21,8 +21,8 @@ def content(result):
 
 def test_slower_than_the_parent_is_said(content, result):
   cells = _cells(content, result, "p50")
-  assert cells["train"].parent == table_lib.Note()
-  assert cells["int4"].parent == table_lib.Note(text="2.53x slower", tone="worse")
+  assert cells["train"].parent == notes.Note()
+  assert cells["int4"].parent == notes.Note(text="2.53x slower", tone="worse")
   assert cells["int8-dynamic"].parent.text == "1.43x faster"
   # 6.11 ms after 2.75 ms of the pruned parent, 2.31 ms of the first stage.
   assert cells["pruned-int4"].parent.text == "2.22x slower"
@@ -32,11 +32,11 @@ def test_slower_than_the_parent_is_said(content, result):
 def test_timings_within_five_percent_are_not_compared(content, result):
   cells = _cells(content, result, "prefill")
   assert cells["int8"].text == "14.9"
-  assert cells["int8"].parent == table_lib.Note()
+  assert cells["int8"].parent == notes.Note()
 
 
 def test_a_mask_makes_the_model_larger_and_says_so(content, result):
-  assert _cells(content, result, "held")["pruned"].parent == table_lib.Note(
+  assert _cells(content, result, "held")["pruned"].parent == notes.Note(
     text="1.03x larger", tone="worse"
   )
   assert _cells(content, result, "simulated")["pruned"].text == "bytes, flops"
@@ -105,3 +105,9 @@ def test_a_terminal_gets_what_fits(content, monkeypatch, width):
     assert any(row[0].text in line for line in table)
   assert ("not shown" in out.getvalue()) == (width < 400)
   assert "…" not in out.getvalue()
+
+
+def test_accuracies_differ_in_points():
+  assert notes.points(0.79, 0.8) == notes.Note(text="-1.00 points", tone="worse")
+  assert notes.points(0.81, 0.8) == notes.Note(text="+1.00 points", tone="better")
+  assert notes.points(0.8, 0.8) == notes.Note(text="+0.00 points")

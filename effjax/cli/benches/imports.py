@@ -27,14 +27,15 @@ from effjax.measure import memory
 from effjax.models import config as model_config
 from effjax.models import decoder
 
-# Name, what is written, and how it is imported.
+# Name, what is written (a folder or file, its type, its width), and how it is imported.
+# What stays quantized is wider, so that it holds about as many bytes.
 LANES = (
-  ("hf float32", ("hf", "float32"), {}),
-  ("hf bfloat16, kept", ("hf", "bfloat16"), {"dtype": "keep"}),
-  ("hf bfloat16, widened", ("hf", "bfloat16"), {}),
-  ("gguf F32", ("gguf", "F32"), {}),
-  ("gguf Q8_0, decoded", ("gguf", "Q8_0"), {}),
-  ("gguf Q8_0, kept", ("gguf", "Q8_0"), {"keep_quantized": True}),
+  ("hf float32", ("hf", "float32", 1024), {}),
+  ("hf bfloat16, kept", ("hf", "bfloat16", 1024), {"dtype": "keep"}),
+  ("hf bfloat16, widened", ("hf", "bfloat16", 1024), {}),
+  ("gguf F32", ("gguf", "F32", 1024), {}),
+  ("gguf Q8_0, decoded", ("gguf", "Q8_0", 1024), {}),
+  ("gguf Q8_0, kept", ("gguf", "Q8_0", 2048), {"keep_quantized": True}),
 )
 _PROGRAM = "from effjax.cli.benches import imports; imports.measure_one()"
 
@@ -47,42 +48,46 @@ def bench(quick: bool = False) -> timing.Table:
   """
   with tempfile.TemporaryDirectory() as made:
     root = pathlib.Path(made)
-    num_params = _write(root, quick)
+    for width in dict.fromkeys(form[-1] for _, form, _ in LANES):
+      _write(root, width, quick)
     rows = [
-      {"source": name, **_measured(root / "-".join(form), options)}
+      {"source": name, **_measured(_path(root, form), options)}
       for name, form, options in LANES
     ]
   return timing.Table(
-    title="imports of one model, each in a process of its own",
+    title="imports of random models, each in a process of its own",
     rows=rows,
     notes=[
-      f"{num_params:,} parameters; files were just written, so reading is from memory",
+      "files were just written, so reading is from memory",
       "peak: of resident memory, over what the process had before the import",
       f"device: {jax.devices()[0].device_kind}",
     ],
   )
 
 
-def _write(root: pathlib.Path, quick: bool) -> int:
-  """Writes the model in every form that a lane reads; returns its parameters."""
-  width, num_layers, vocab = (64, 2, 128) if quick else (1024, 9, 32_768)
+def _path(root: pathlib.Path, form: tuple[str, str, int]) -> pathlib.Path:
+  return root / "-".join(map(str, form))
+
+
+def _write(root: pathlib.Path, width: int, quick: bool) -> None:
+  """Writes the model of a width in every form that a lane reads."""
+  embed_dim, num_layers, vocab = (width // 16, 2, 128) if quick else (width, 9, 32_768)
   model = decoder.Decoder(
     model_config.DecoderConfig(
       vocab_size=vocab,
-      embed_dim=width,
+      embed_dim=embed_dim,
       num_layers=num_layers,
-      mixer_options={"attention": {"head_dim": width // 4, "num_heads": 4}},
+      mixer_options={"attention": {"head_dim": embed_dim // 4, "num_heads": 4}},
     )
   )
   init = lambda key: model.init(key, *model.example_inputs())["params"]
   params, specs = jax.jit(init)(jax.random.key(0)), specs_lib.specs(model)
-  for kind, type in dict.fromkeys(form for _, form, _ in LANES):
-    path = root / f"{kind}-{type}"
+  for form in dict.fromkeys(form for _, form, _ in LANES if form[-1] == width):
+    kind, type, _ = form
     if kind == "hf":
-      folder.save(path, model, params, specs, dtype=type)
+      folder.save(_path(root, form), model, params, specs, dtype=type)
     else:
-      export.save(path, model, params, specs, type=type)
-  return bytes_lib.num_params(params)
+      export.save(_path(root, form), model, params, specs, type=type)
 
 
 def _measured(path: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def fields(raw: np.ndarray, type: str) -> Fields:
     for name, values in _unpack(part, held).items():
       unpacked[name] = unpacked[name] | values if name in unpacked else values
   if format.signed:
-    unpacked["codes"] = unpacked["codes"].view(np.int8) - np.int8(format.offset)
+    unpacked["codes"] = unpacked["codes"].view(np.int8)
+    if format.offset:
+      unpacked["codes"] -= np.int8(format.offset)
   *rows, num_bytes = raw.shape
   num_blocks = num_bytes // format.block_bytes
   return Fields(

@@ -5,6 +5,7 @@ whatever a rule does to rows (part of a fused matrix, pairs of a rotation) is do
 rows of bytes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from effjax.interop.gguf import formats, leaves, reader, writer
 from effjax.parallel import rules as parallel_rules
 from effjax.parallel import sharding
 
+# Codes that are unpacked at a time, a byte each: it takes several times that.
+_UNPACKED_BYTES = 2**22
 # Kinds of parameters that are products of rows; all others are decoded.
 _KINDS = ("matrix", "embedding")
 
@@ -92,12 +95,27 @@ def read(
 def _leaf(place: assemble.Place, file: reader.File, type: str) -> Any:
   """A parameter of one layer after the other, whose tensors are read one by one."""
   first = place.pieces[0]
-  shape = (*_lead(place), *first.rule.turned(first.shape))
-  raw = np.empty(formats.raw_shape(formats.find(type), shape), np.uint8)
-  parts = raw.reshape(len(place.pieces), -1, raw.shape[-1])
-  for part, piece in zip(parts, place.pieces, strict=True):
-    part[...] = piece.rule.rows(file.read(piece.name))
-  leaf = leaves.to_leaf(raw, type, shape, embedding=place.spec.kind == "embedding")
+  (*rows, size) = (*_lead(place), *first.rule.turned(first.shape))
+  embedding = place.spec.kind == "embedding"
+  parts: list[np.ndarray] = []
+  filled = 0
+  for piece in place.pieces:
+    raw = piece.rule.rows(file.read(piece.name))
+    step = max(1, _UNPACKED_BYTES // size)
+    for start in range(0, len(raw), step):
+      some = raw[start : start + step]
+      leaf = leaves.to_leaf(some, type, (len(some), size), embedding=embedding)
+      arrays = [np.asarray(array) for array in jax.tree.leaves(leaf)]
+      parts = parts or [
+        np.empty((math.prod(rows), *array.shape[1:]), array.dtype) for array in arrays
+      ]
+      for part, array in zip(parts, arrays, strict=True):
+        part[filled : filled + len(some)] = array
+      filled += len(some)
+  del raw, some
+  # Not jnp.asarray, which makes two copies of what it is given.
+  whole = jax.device_put([part.reshape(*rows, *part.shape[1:]) for part in parts])
+  leaf = jax.tree.unflatten(jax.tree.structure(leaf), whole)
   return jax.block_until_ready(leaf)
 
 
