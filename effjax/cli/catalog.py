@@ -21,6 +21,7 @@ TOPICS: Mapping[str, str] = {
   "mlps": "effjax.nn.mlps",
   "caches": "effjax.nn.caches",
   "leaves": "effjax.weights.leaves",
+  "formats": "effjax.weights.formats",
   "transforms": "effjax.compress.*",
   "optimizers": "effjax.optim.optimizers",
   "schedules": "effjax.optim.schedules",

@@ -5,14 +5,18 @@ to running sums in the `stats` collection, so memory does not grow with the data
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from effjax.core import config
+from effjax.core import config, errors, select
+from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
+from effjax.weights import weight as weight_lib
+
+LIMIT_BYTES = 2**30
 
 
 @jax.tree_util.register_dataclass
@@ -20,18 +24,22 @@ from effjax.core import tree as tree_lib
 class InputStats:
   """Statistics of the inputs of one weight, per input channel I, in float32.
 
-  Leading axes are the weight's stacked ones. Padding (segment 0) does not count. A
-  weight used in several places sums over its uses.
+  Leading axes are the weight's stacked ones, and its experts: each has those of the
+  tokens it was given. Padding (segment 0) does not count. A weight used in several
+  places sums over its uses.
 
   Attributes:
     square_sum: sum over tokens of x_i^2, `[*stack, I]`.
     absmax: largest |x_i|, `[*stack, I]`.
     count: tokens summed over, `[*stack]`.
+    hessian: sum over tokens of `x x^T`, `[*stack, I, I]`, or None if not collected. Of
+      the squared error of a layer's outputs the Hessian is twice it.
   """
 
   square_sum: Any
   absmax: Any
   count: Any
+  hessian: Any = None
 
   @property
   def mean_square(self) -> jax.Array:
@@ -44,7 +52,9 @@ def calibrate(
   params: Mapping[str, Any],
   batches: Iterable[Mapping[str, Any]],
   *,
-  limit_bytes: int = 2**30,
+  collect: Sequence[str] = ("moments",),
+  where: select.Where | Mapping[str, Any] | None = None,
+  limit_bytes: int = LIMIT_BYTES,
 ) -> dict[str, Any]:
   """Runs batches through a model and returns the statistics of every weight's inputs.
 
@@ -53,6 +63,9 @@ def calibrate(
     params: its parameters; any leaf kinds.
     batches: dicts with "inputs" `[B, L]` and, where sequences are packed or padded,
       "segments" and "positions"; all of one shape, so that one program serves them.
+    collect: "moments" (sums a channel, always there) and "hessian", which takes I^2
+      numbers for a weight of I inputs.
+    where: which weights (see core.select), such as {"path": "mlp"}; None for all.
     limit_bytes: most memory the statistics may take.
 
   Returns:
@@ -60,12 +73,11 @@ def calibrate(
     that do not (norms, for example) are absent.
 
   Raises:
-    InputError: there are no batches, or the statistics would pass `limit_bytes`.
+    InputError: there are no batches, nothing selected contracts an input, the
+      statistics would pass `limit_bytes`, or they are not finite.
   """
-  step = jax.jit(
-    lambda params, stats, batch: _observe(model, params, stats, batch),
-    donate_argnums=1,
-  )
+  observe = _observer(model, collect, where)
+  step = jax.jit(observe, donate_argnums=1)
   stats = None
   for batch in batches:
     batch = {
@@ -74,42 +86,115 @@ def calibrate(
       if name in batch
     }
     if stats is None:
-      stats = _zeros(model, params, batch, limit_bytes)
+      shapes = _shapes(observe, params, batch, limit_bytes)
+      # All sums start from zero, and so does every maximum.
+      stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     stats = step(params, stats, batch)
   config.require(stats is not None, "calibration needs at least one batch")
-  return _as_leaves(stats)
+  leaves = _as_leaves(stats)
+  _require_finite(leaves)
+  return leaves
 
 
-def _observe(model: Any, params: Any, stats: Any, batch: Mapping[str, Any]) -> Any:
+def abstract(
+  model: Any,
+  params: Mapping[str, Any],
+  *,
+  collect: Sequence[str] = ("moments",),
+  where: select.Where | Mapping[str, Any] | None = None,
+  limit_bytes: int = LIMIT_BYTES,
+) -> dict[str, Any]:
+  """What `calibrate` would return, of ShapeDtypeStructs; nothing is computed.
+
+  Args:
+    model, collect, where, limit_bytes: see `calibrate`.
+    params: arrays or ShapeDtypeStructs.
+
+  Raises:
+    InputError: nothing selected contracts an input, or the limit would be passed.
+  """
+  batch = {"inputs": model.example_inputs()[0]}
+  observe = _observer(model, collect, where)
+  return _as_leaves(_shapes(observe, params, batch, limit_bytes))
+
+
+def _observer(
+  model: Any,
+  collect: Sequence[str],
+  where: select.Where | Mapping[str, Any] | None,
+) -> Callable[[Any, Any, Any], Any]:
+  """`observe(params, stats, batch)`: the statistics with a batch added to them."""
+  for name in collect:
+    if name not in weight_lib.COLLECTED:
+      raise errors.unknown("statistic to collect", name, weight_lib.COLLECTED)
+  paths = None
+  if where is not None:
+    paths = select.select(specs_lib.specs(model), select.parse(where, select.Where()))
+  return lambda *args: _observe(model, collect, paths, *args)
+
+
+def _observe(
+  model: Any,
+  collect: Sequence[str],
+  paths: Collection[str] | None,
+  params: Any,
+  stats: Any,
+  batch: Mapping[str, Any],
+) -> Any:
   variables = (
     {"params": params} if stats is None else {"params": params, "stats": stats}
   )
-  _, changed = model.apply(
-    variables,
-    batch["inputs"],
-    positions=batch.get("positions"),
-    segments=batch.get("segments"),
-    mutable=["stats"],
+  with weight_lib.collecting(collect, paths):
+    _, changed = model.apply(
+      variables,
+      batch["inputs"],
+      positions=batch.get("positions"),
+      segments=batch.get("segments"),
+      mutable=["stats"],
+    )
+  return changed.get("stats", {})
+
+
+def _shapes(
+  observe: Callable[[Any, Any, Any], Any], params: Any, batch: Any, limit_bytes: int
+) -> Any:
+  """Shapes of the statistics, if there are any and they fit."""
+  shapes = jax.eval_shape(lambda p, b: observe(p, None, b), params, batch)
+  config.require(
+    len(shapes) > 0, "nothing to calibrate: no selected weight contracts an input"
   )
-  return changed["stats"]
-
-
-def _zeros(model: Any, params: Any, batch: Any, limit_bytes: int) -> Any:
-  """Statistics of no data: all sums start from zero, and so does every maximum."""
-  shapes = jax.eval_shape(lambda p, b: _observe(model, p, None, b), params, batch)
   needed_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
   config.require(
     needed_bytes <= limit_bytes,
     f"calibration statistics take {needed_bytes} bytes, the limit is {limit_bytes}; "
-    "raise limit_bytes or calibrate fewer weights",
+    "raise limit_bytes, or calibrate fewer weights at a time with where",
   )
-  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return shapes
 
 
 def _as_leaves(stats: Mapping[str, Any]) -> dict[str, Any]:
-  """Gathers the three arrays of each weight into one InputStats."""
+  """Gathers the arrays of each weight into one InputStats."""
   fields: dict[str, dict[str, Any]] = {}
   for path, array in tree_lib.flatten(stats).items():
     weight, _, field = path.rpartition("/")
     fields.setdefault(weight, {})[field] = array
   return tree_lib.unflatten({path: InputStats(**f) for path, f in fields.items()})
+
+
+def _require_finite(leaves: Mapping[str, Any]) -> None:
+  """Refuses statistics with a NaN or an infinity, naming the first weight."""
+  flat = tree_lib.flatten(leaves)
+  finite = jax.device_get(_finite(flat))
+  bad = [path for path, ok in finite.items() if not ok]
+  config.require(
+    not bad,
+    f"what flows into {bad[0] if bad else None} is not finite (of {len(bad)} of "
+    f"{len(flat)} weights); the model or its precision overflows on these batches",
+  )
+
+
+@jax.jit
+def _finite(flat: dict[str, InputStats]) -> dict[str, jax.Array]:
+  # Every array is a sum of squares or a maximum over the same rows: a diagonal of the
+  # Hessian that is finite has rows and columns that are.
+  return {path: jnp.all(jnp.isfinite(s.square_sum)) for path, s in flat.items()}

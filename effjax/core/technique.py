@@ -17,13 +17,18 @@ class Transform:
       selected parameters, `stats` calibration statistics or None.
     options_cls: frozen dataclass of its options.
     default_where: what it applies to when the user does not say.
-    needs_stats: whether `stats` must be given.
+    collect: the calibration statistics that `stats` must hold; empty if it needs none.
   """
 
   fn: Callable[..., dict[str, Any]]
   options_cls: type
   default_where: select_lib.Where = select_lib.Where(kind=("matrix",))
-  needs_stats: bool = False
+  collect: tuple[str, ...] = ()
+
+  @property
+  def needs_stats(self) -> bool:
+    """Whether `stats` must be given."""
+    return bool(self.collect)
 
   def options(self, values: Mapping[str, Any] | None, path: str = "options") -> Any:
     """Validated options; raises InputError with one line."""

@@ -138,7 +138,8 @@ def transform(
   technique = transforms.find(name)
   if technique.needs_stats and stats is None:
     raise errors.InputError(
-      f"{name} needs statistics: pass stats=effjax.calibrate(model, params, batches)"
+      f"{name} needs statistics: pass stats=effjax.calibrate(model, params, batches, "
+      f"collect={technique.collect})"
     )
   params = linen.matrices(params, specs)
   return technique(params, specs, stats, where=where, options=options)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from effjax.compress import calibrate
 from effjax.compress import registry as transforms
 from effjax.core import errors
 from effjax.core import select as select_lib
@@ -80,7 +81,7 @@ def make(config: config_lib.Config) -> Plan:
     parent = config.parent(i)
     start = plan.fresh if parent is None else shapes[parent]
     with _naming(i, stage.name):
-      made = _outcome(config, stage, specs, start)
+      made = _outcome(plan, stage, start)
       plan.shardings(made)
     shapes.append(made)
   return dataclasses.replace(plan, shapes=tuple(shapes))
@@ -110,15 +111,12 @@ def _check_measures(config: config_lib.Config) -> None:
 
 
 def _outcome(
-  config: config_lib.Config,
-  stage: config_lib.StageConfig,
-  specs: Mapping[str, Any],
-  start: Mapping[str, Any],
+  plan: Plan, stage: config_lib.StageConfig, start: Mapping[str, Any]
 ) -> Mapping[str, Any]:
   """The shapes a stage makes of the shapes it starts from."""
-  where = stage.build_where()
+  where, specs = stage.build_where(), plan.specs
   if stage.technique == config_lib.IMPORT:
-    return config.source.abstract(stage.build_options().kept_dtype)
+    return plan.config.source.abstract(stage.build_options().kept_dtype)
   if stage.technique == config_lib.TRAIN:
     paths = select_lib.select(specs, where)
     plain = jax.eval_shape(lambda params: masks.take_out(params, paths)[0], start)
@@ -126,8 +124,15 @@ def _outcome(
     return start
   technique = transforms.find(stage.technique)
   options = stage.build_options()
+  stats = None
+  if technique.needs_stats:
+    stats = calibrate.abstract(
+      plan.model, start, collect=technique.collect, where=where
+    )
   return jax.eval_shape(
-    lambda params: technique(params, specs, where=where, options=options), start
+    lambda params, stats: technique(params, specs, stats, where=where, options=options),
+    start,
+    stats,
   )
 
 

@@ -8,6 +8,8 @@ import jax
 
 from effjax.compress import calibrate
 from effjax.compress import registry as transforms
+from effjax.core import select
+from effjax.core import technique as technique_lib
 from effjax.recipe import session as session_lib
 
 # Text that transforms with statistics are calibrated on.
@@ -21,22 +23,27 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   model, params, specs = session.start(index)
   watch = session_lib.Stopwatch()
   stats = None
+  where = stage.build_where()
   if technique.needs_stats:
-    stats = _statistics(session, model, params)
-  made = technique(
-    params, specs, stats, where=stage.build_where(), options=stage.build_options()
-  )
+    stats = _statistics(session, model, params, technique, where)
+  made = technique(params, specs, stats, where=where, options=stage.build_options())
   made = jax.block_until_ready(jax.device_put(made, session.plan.shardings(made)))
   return session_lib.Made(model=model, params=made, specs=specs, secs=watch.read())
 
 
 def _statistics(
-  session: session_lib.Session, model: Any, params: Mapping[str, Any]
+  session: session_lib.Session,
+  model: Any,
+  params: Mapping[str, Any],
+  technique: technique_lib.Transform,
+  where: select.Where,
 ) -> dict[str, Any]:
-  """Statistics of the inputs of every weight, over training batches."""
+  """Statistics of the inputs of the selected weights, over training batches."""
   batches = session.data.train_iterator()
   try:
     chosen = itertools.islice(batches, _CALIBRATION_BATCHES)
-    return calibrate.calibrate(model, params, chosen)
+    return calibrate.calibrate(
+      model, params, chosen, collect=technique.collect, where=where
+    )
   finally:
     batches.close()

@@ -48,7 +48,7 @@ def grouped_contract(
     w: stacked expert matrices `[E, D, F]`.
     group_sizes: rows of each expert, `[E]` int32; rows past their sum give zeros.
   """
-  leaf = _observed(x, w)
+  leaf = _observed(x, w, group_sizes)
   if leaf_lib.is_leaf_kind(leaf):
     return leaf.grouped_contract(x, group_sizes)
   return leaf_lib.grouped_contract_dense(x, leaf, group_sizes)
@@ -72,7 +72,7 @@ def _leaf(w: Any) -> Any:
   return w.leaf if isinstance(w, weight_lib.Weight) else w
 
 
-def _observed(x: jax.Array, w: Any) -> Any:
+def _observed(x: jax.Array, w: Any, group_sizes: jax.Array | None = None) -> Any:
   if isinstance(w, weight_lib.Weight) and w.observe is not None:
-    w.observe(x)
+    w.observe(x, group_sizes)
   return _leaf(w)

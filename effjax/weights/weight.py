@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,12 @@ from flax import linen as nn
 
 from effjax.core import errors, specs
 
+COLLECTED = ("moments", "hessian")
 _token_weights: contextvars.ContextVar[Any] = contextvars.ContextVar(
   "token_weights", default=None
+)
+_collecting: contextvars.ContextVar[Any] = contextvars.ContextVar(
+  "collecting", default=(("moments",), None)
 )
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -26,12 +30,13 @@ class Weight:
   Attributes:
     leaf: a plain array or a leaf dataclass.
     spec: what the weight is; stack and instances are known only to `specs()`.
-    observe: called with the activations that are contracted, or None.
+    observe: called with the activations that are contracted, and of experts with the
+      sizes of their groups (or None); None where nothing watches.
   """
 
   leaf: Any
   spec: specs.ParamSpec
-  observe: Callable[[jax.Array], None] | None = None
+  observe: Callable[..., None] | None = None
 
 
 def weight(
@@ -77,7 +82,10 @@ def weight(
     )
   observe = None
   if module.is_mutable_collection("stats") and not module.is_initializing():
-    observe = lambda x: _observe(module, name, x)
+    num_experts = shape[0] if len(shape) == 3 and axes[0] == "experts" else None
+    observe = lambda x, group_sizes=None: _observe(
+      module, name, x, num_experts, group_sizes
+    )
   return Weight(leaf, spec, observe)
 
 
@@ -91,24 +99,73 @@ def token_weights(weights_BL: jax.Array | None) -> Iterator[None]:
     _token_weights.reset(token)
 
 
-def _observe(module: nn.Module, name: str, x: jax.Array) -> None:
+@contextlib.contextmanager
+def collecting(
+  collect: Sequence[str], paths: Collection[str] | None = None
+) -> Iterator[None]:
+  """While open, says what a calibration gathers, and of which weights.
+
+  Args:
+    collect: of COLLECTED; the moments are always there.
+    paths: of the weights; None for all.
+  """
+  token = _collecting.set((tuple(collect), paths))
+  try:
+    yield
+  finally:
+    _collecting.reset(token)
+
+
+def _observe(
+  module: nn.Module,
+  name: str,
+  x: jax.Array,
+  num_experts: int | None,
+  group_sizes: jax.Array | None,
+) -> None:
   """Adds a batch to the calibration statistics of the weight's inputs.
 
-  Kept per input channel, in float32: `square_sum`, `absmax`; and `count` of rows.
+  Kept in float32, of experts for each: `square_sum` and `absmax` per input channel,
+  `count` of rows, and where it is collected `hessian`, the sum of `x x^T`.
   """
-  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  collect, paths = _collecting.get()
+  if paths is not None and "/".join((*module.path, name)) not in paths:
+    return
   weights_BL = _token_weights.get()
-  weights = jnp.ones(len(rows)) if weights_BL is None else weights_BL.reshape(-1)
-  new = {
-    "square_sum": jnp.einsum("t,td->d", weights, rows**2),
-    "absmax": jnp.max(jnp.abs(rows) * weights[:, None], axis=0),
-    "count": jnp.sum(weights),
-  }
+  weights = jnp.ones(x.shape[:-1]) if weights_BL is None else weights_BL
+  if num_experts is None:
+    new = _sums(x.reshape(-1, x.shape[-1]), weights.reshape(-1), collect)
+  elif group_sizes is None:
+    weights_EC = weights.reshape(x.shape[:2])
+    new = jax.lax.map(lambda one: _sums(*one, collect), (x, weights_EC))
+  else:
+    # One expert after the other, over all rows with only its own counting: slower than
+    # slices, whose sizes are not known when compiling, but holds one at a time.
+    ends_E = jnp.cumsum(group_sizes)
+    expert_T = jnp.searchsorted(ends_E, jnp.arange(len(x)), side="right")
+    own_ET = expert_T[None] == jnp.arange(num_experts)[:, None]
+    weights_ET = jnp.where(own_ET, weights.reshape(1, -1), 0.0)
+    new = jax.lax.map(lambda weights_T: _sums(x, weights_T, collect), weights_ET)
   old = module.get_variable("stats", name)
   if old is not None:
-    new = {
-      "square_sum": old["square_sum"] + new["square_sum"],
-      "absmax": jnp.maximum(old["absmax"], new["absmax"]),
-      "count": old["count"] + new["count"],
-    }
+    join = {"absmax": jnp.maximum}
+    new = {key: join.get(key, jnp.add)(old[key], new[key]) for key in new}
   module.put_variable("stats", name, new)
+
+
+def _sums(
+  x_TD: jax.Array, weights_T: jax.Array, collect: Sequence[str]
+) -> dict[str, jax.Array]:
+  """Statistics of rows; what has no weight does not count, whatever it holds."""
+  rows_TD = jnp.where(weights_T[:, None] > 0, x_TD, 0).astype(jnp.float32)
+  weighted_TD = rows_TD * weights_T[:, None]
+  sums = {
+    "square_sum": jnp.sum(weighted_TD * rows_TD, axis=0),
+    "absmax": jnp.max(jnp.abs(rows_TD), axis=0, initial=0.0),
+    "count": jnp.sum(weights_T),
+  }
+  if "hessian" in collect:
+    sums["hessian"] = jnp.matmul(
+      weighted_TD.T, rows_TD, precision=jax.lax.Precision.HIGHEST
+    )
+  return sums

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.core import partition, registry, specs
+from effjax.ops.matmul import tables
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.weights import describe, leaf, verbs
-from effjax.weights.leaves import low_rank, masked, quantized, two_level
+from effjax.weights.leaves import coded, low_rank, masked, quantized, two_level
 
 IN, OUT, TAPS, EXPERTS, LAYERS = 16, 8, 4, 3, 2
 
@@ -79,6 +80,25 @@ def _nested(key, shape, axis, *, bits, groups=4, offset=True, swapped=False):
   )
 
 
+def _coded(key, shape, axis, *, table="nf4", groups=2, nested=False, offset=False):
+  """Codes of a table with scales, plain ones or codes themselves."""
+  grid = list(shape)
+  grid[axis] = groups
+  keys = jax.random.split(key, 3)
+  codes = lambda key, shape, top: jax.random.randint(key, shape, 0, top).astype("uint8")
+  scale = jax.random.uniform(keys[1], grid, minval=0.1)
+  if nested:
+    whole = jnp.full((*shape[:-2], 1, 1), 0.01, jnp.float32)
+    scale = coded.Coded.create(
+      codes(keys[1], grid, 120), whole, table="e4m3", axis=axis
+    )
+  added = jax.random.normal(keys[2], (*shape[:-2], 1, 1)) if offset else None
+  top = 16 if tables.BITS[table] == 4 else 120
+  return coded.Coded.create(
+    codes(keys[0], shape, top), scale, added, table=table, axis=axis
+  )
+
+
 def _offset(key, shape, axis):
   codes, scale = (jax.random.split(key)[i] for i in (0, 1))
   grid = list(shape)
@@ -119,6 +139,10 @@ KINDS = {
   "int4_nested": functools.partial(_nested, bits=4),
   "int6_nested_swapped": functools.partial(_nested, bits=6, offset=False, swapped=True),
   "two_level": _two_level,
+  "nf4": _coded,
+  "nf4_offset": functools.partial(_coded, offset=True, groups=1),
+  "e4m3": functools.partial(_coded, table="e4m3", groups=1),
+  "nvfp4": functools.partial(_coded, table="e2m1", groups=4, nested=True),
   "low_rank": _low_rank,
   "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,

@@ -35,7 +35,8 @@ def changed(request, small):
   technique = transforms.find(request.param)
   stats = None
   if technique.needs_stats:
-    stats = calibrate.calibrate(model, params, [{"inputs": tokens_BL}])
+    batches = [{"inputs": tokens_BL}]
+    stats = calibrate.calibrate(model, params, batches, collect=technique.collect)
   return technique(params, spec_tree, stats)
 
 

@@ -58,10 +58,19 @@ def test_shapes_are_those_of_the_real_thing():
   assert leaf.values.scale.shape == (2, 2, up.shape[-1])
 
 
+def test_a_stage_with_statistics_is_played_through():
+  stages = (_TRAIN, {"name": "g", "technique": "gptq", "options": {"group": 16}})
+  plan = plan_lib.make(_config(stages))
+  leaf = tree.flatten(plan.shapes[1])["run_0/layer_0/mlp/up"]
+  assert isinstance(leaf, quantized.Quantized)
+  assert leaf.scale.shape == (2, 2, leaf.shape[-1])
+
+
 @pytest.mark.parametrize(
   ("stage", "message"),
   [
     ({"technique": "rtn", "options": {"bits": 4, "group": 24}}, "does not divide"),
+    ({"technique": "gptq", "options": {"group": 24}}, "does not divide"),
     ({"technique": "rtn", "where": {"path": "nope"}}, "selects no parameter"),
     ({"technique": "rtn", "where": {"kind": "norm"}}, "cannot quantize"),
     (

@@ -1,8 +1,9 @@
-"""Round-to-nearest quantization: each weight to the closest point of its grid.
+"""Round-to-nearest quantization: each weight to the closest value of its format.
 
 Source: the baseline of every quantization paper, for example Dettmers and Zettlemoyer
-2022, arXiv:2212.09720, section 3. Grid: symmetric scale absmax / (2^(bits-1) - 1), or
-asymmetric between minimum and maximum; per output channel or per group of inputs.
+2022, arXiv:2212.09720, section 3. The formats are those of `effjax list formats`; with
+integers the grid is symmetric, scale absmax / (2^(bits-1) - 1), or asymmetric between
+minimum and maximum, per output channel or per group of inputs.
 """
 
 import dataclasses
@@ -13,53 +14,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.core import config, errors, select, technique
-from effjax.core import tree as tree_lib
-from effjax.ops.matmul import rounding
-from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import low_rank, masked, quantized
+from effjax.compress.quantize import _matrices
+from effjax.core import errors, select, technique
+from effjax.weights.formats import base
+
+RANGES = ("absmax", "mse")
+# Shares of the largest magnitude that are tried, the whole first.
+_SHRINKS = tuple(1 - 0.025 * i for i in range(21))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RTNOptions:
-  """Options of round-to-nearest quantization.
+class RTNOptions(base.FormatOptions):
+  """Options of round-to-nearest quantization, beside those of the format.
 
   Attributes:
-    bits: bits a code: 2, 3, 4, 5, 6 or 8.
-    group: consecutive inputs that share a scale; 0 for the whole input axis (one scale
-      per output channel).
-    symmetric: no zero points.
-    activations: "int8" quantizes activations too, per token while running, and executes
-      int8 products; needs group=0 and symmetric.
-    grid: convention of a symmetric grid: "narrow" absmax / (2^(bits-1) - 1), "half"
-      absmax / (2^(bits-1) - 0.5), "wide" absmax / 2^(bits-1).
-    scale_dtype: dtype of the scales.
+    range: what a grid covers: "absmax" the whole group, or "mse" the share of it, from
+      a half on in steps of 2.5 %, that has the least squared error.
   """
 
-  bits: int = 8
-  group: int = 0
-  symmetric: bool = True
-  activations: str = "none"
-  grid: str = "narrow"
-  scale_dtype: str = "float32"
+  range: str = "absmax"
 
   def __post_init__(self):
-    config.require(
-      self.bits in quantized.BITS, f"bits={self.bits} must be one of {quantized.BITS}"
-    )
-    config.require(self.group >= 0, f"group={self.group} must be 0 or positive")
-    if self.activations not in quantized.ACTIVATIONS:
-      raise errors.unknown("activations", self.activations, quantized.ACTIVATIONS)
-    config.require(
-      self.activations == "none" or (self.group == 0 and self.symmetric),
-      "activations='int8' needs group=0 and symmetric=True: an int8 product has one "
-      "scale per output channel",
-    )
-    if self.grid not in rounding.GRIDS:
-      raise errors.unknown("grid", self.grid, rounding.GRIDS)
-    allowed = ("float32", "float16", "bfloat16")
-    if self.scale_dtype not in allowed:
-      raise errors.unknown("scale_dtype", self.scale_dtype, allowed)
+    super().__post_init__()
+    if self.range not in RANGES:
+      raise errors.unknown("range", self.range, RANGES)
 
 
 def quantize(
@@ -69,69 +47,52 @@ def quantize(
   paths: Collection[str],
   options: RTNOptions,
 ) -> dict[str, Any]:
-  """Replaces the selected parameters by `Quantized` leaves, one at a time.
+  """Replaces the selected parameters by leaves of the format, one at a time.
 
   A `Masked` parameter stays masked: its values are quantized, and a symmetric grid has
   an exact zero. Of a `LowRank` one each factor is quantized.
   """
   del stats
-
-  def one(path: str, leaf: Any, spec: Any) -> Any:
-    if path not in paths:
-      return leaf
-    if spec.kind not in ("matrix", "embedding"):
-      raise errors.InputError(
-        f"rtn cannot quantize {path} of kind {spec.kind!r}; it takes matrix, embedding"
-      )
-    if isinstance(leaf, masked.Masked):
-      values = _quantize(path, leaf.dense(), spec, options)
-      return dataclasses.replace(leaf, values=values)
-    if isinstance(leaf, low_rank.LowRank) and not any(
-      map(leaf_lib.is_leaf_kind, (leaf.left, leaf.right))
-    ):
-      left, right = (
-        _quantize(f"{path}.{name}", getattr(leaf, name), spec, options)
-        for name in ("left", "right")
-      )
-      return low_rank.LowRank.create(left, right)
-    if leaf_lib.is_leaf_kind(leaf):
-      raise errors.InputError(
-        f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"
-      )
-    return _quantize(path, leaf, spec, options)
-
-  return tree_lib.map_leaves(one, params, specs)
-
-
-def _quantize(path: str, w: jax.Array, spec: Any, options: RTNOptions) -> Any:
-  try:
-    return _quantize_array(w, -1 if spec.kind == "embedding" else -2, options)
-  except errors.InputError as error:
-    raise errors.InputError(f"{path}: {error}") from None
+  one = lambda path, w, axis: _quantize_array(w, axis, options)
+  return _matrices.replace(params, specs, paths, "rtn", one)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "options"))
 def _quantize_array(w: jax.Array, axis: int, options: RTNOptions) -> Any:
   """One array, under jit so that it keeps its sharding and needs no second copy."""
-  columns = w if axis == -2 else jnp.swapaxes(w, -1, -2)
-  codes, scale, zero = rounding.quantize_groups(
-    columns,
-    options.bits,
-    options.group,
-    options.symmetric,
-    grid=options.grid,
-    scale_dtype=jnp.dtype(options.scale_dtype),
-  )
-  parts = [codes, scale, zero]
-  if axis == -1:
-    parts = [None if p is None else jnp.swapaxes(p, -1, -2) for p in parts]
-  return quantized.Quantized.create(
-    *parts,
-    bits=options.bits,
-    axis=axis,
-    activations=options.activations,
-    dtype=w.dtype,
-  )
+  fmt = options.build()
+  x = base.split(w, fmt.group_of(w.shape[-2]))
+  grid = fit(fmt, x, options.range)
+  return fmt.leaf(base.merge(fmt.encode(x, grid)), grid, axis=axis, dtype=w.dtype)
+
+
+def fit(
+  fmt: base.Format, x: jax.Array, range: str, outer: jax.Array | None = None
+) -> dict[str, jax.Array]:
+  """The grids of weights `[..., groups, inputs of a group, out]`.
+
+  Args:
+    fmt: the format.
+    x: the weights.
+    range: one of RANGES.
+    outer: what the whole matrix decides, where x is only a part of it.
+  """
+  outer = fmt.outer(x) if outer is None else outer
+  if range == "absmax":
+    return fmt.fit(x, outer)
+  shape = (*x.shape[:-2], 1, x.shape[-1])
+
+  def better(best: Any, shrink: jax.Array) -> tuple[Any, None]:
+    grid = fmt.fit(x, outer, shrink)
+    error = fmt.decode(fmt.encode(x, grid), grid) - x
+    loss = jnp.sum(jnp.square(error), axis=-2, keepdims=True)
+    least, chosen = best
+    wins = loss < least
+    return (jnp.where(wins, loss, least), jnp.where(wins, shrink, chosen)), None
+
+  start = (jnp.full(shape, jnp.inf), jnp.ones(shape))
+  (_, shrink), _ = jax.lax.scan(better, start, jnp.asarray(_SHRINKS))
+  return fmt.fit(x, outer, shrink)
 
 
 TECHNIQUE = technique.Transform(

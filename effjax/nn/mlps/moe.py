@@ -240,8 +240,11 @@ class MoE(nn.Module):
     if opts.dispatch == "dense":
       weights_TK = routed.weights_TK * valid_T[:, None]
       routed = routed._replace(weights_TK=weights_TK)
-      all_valid_ET = jnp.broadcast_to(valid_T[None], (opts.num_experts, len(x_TD)))
-      with weight_lib.token_weights(all_valid_ET.astype(jnp.float32)):
+      # Every expert sees every token here; it is calibrated on those it was chosen for.
+      experts_E11 = jnp.arange(opts.num_experts)[:, None, None]
+      chosen_ET = jnp.any(routed.experts_TK[None] == experts_E11, axis=-1)
+      chosen_ET = (chosen_ET & valid_T[None]).astype(jnp.float32)
+      with weight_lib.token_weights(chosen_ET):
         y_TD = dispatch.all_experts(x_TD, routed, opts.num_experts, expert_fn)
     elif opts.dispatch == "dropless":
       places = dispatch.sorted_places(routed.experts_TK, opts.num_experts, valid_T)

@@ -81,28 +81,58 @@ def quantize_groups(
   Raises:
     InputError: bits or grid out of range, a group that does not divide.
   """
-  require(2 <= bits <= 8, f"{bits} bits a weight; available: 2 to 8")
-  if grid not in GRIDS:
-    raise errors.unknown("quantization grid", grid, GRIDS)
   size = group_size(w.shape[-2], group)
   w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
   grouped = _split(w, size)  # [..., in / group, group, out]
+  least, most = (f(grouped, axis=-2, keepdims=True) for f in (jnp.min, jnp.max))
+  scale, zero = fit_range(
+    least, most, bits, symmetric, grid=grid, scale_dtype=scale_dtype
+  )
+  low, high, dtype = code_range(bits, symmetric, grid)
+  places = grouped / jnp.where(scale == 0, 1, scale).astype(w.dtype)
+  if zero is not None:
+    places += zero.astype(w.dtype)
+  codes = _merge(jnp.clip(jnp.round(places), low, high)).astype(dtype)
+  return codes, scale[..., 0, :], None if zero is None else zero[..., 0, :]
+
+
+def fit_range(
+  least: jax.Array,
+  most: jax.Array,
+  bits: int,
+  symmetric: bool,
+  *,
+  grid: str = "narrow",
+  scale_dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, jax.Array | None]:
+  """The grid over a range of values.
+
+  Args:
+    least, most: the range of each group, floating.
+    bits, symmetric, grid, scale_dtype: see `quantize_groups`.
+
+  Returns:
+    The scale as it is stored, and the zero point in uint8, or None if symmetric.
+  """
+  require(2 <= bits <= 8, f"{bits} bits a weight; available: 2 to 8")
+  if grid not in GRIDS:
+    raise errors.unknown("quantization grid", grid, GRIDS)
   if symmetric:
-    half = 2 ** (bits - 1)
-    absmax = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)
-    scale, safe = _stored(absmax / (half - GRIDS[grid]), scale_dtype)
-    low = 1 - half if grid == "narrow" else -half
-    codes = jnp.clip(jnp.round(grouped / safe.astype(w.dtype)), low, half - 1)
-    return _merge(codes).astype(jnp.int8), scale[..., 0, :], None
+    absmax = jnp.maximum(jnp.abs(least), jnp.abs(most))
+    return _stored(absmax / (2 ** (bits - 1) - GRIDS[grid]), scale_dtype), None
   top = 2**bits - 1
-  least = jnp.minimum(grouped.min(axis=-2, keepdims=True), 0)
-  most = jnp.maximum(grouped.max(axis=-2, keepdims=True), 0)
-  scale, safe = _stored((most - least) / top, scale_dtype)
-  safe = safe.astype(w.dtype)
-  zero = jnp.clip(jnp.round(-least / safe), 0, top)
-  codes = jnp.clip(jnp.round(grouped / safe + zero), 0, top)
-  zero = zero[..., 0, :].astype(jnp.uint8)
-  return _merge(codes).astype(jnp.uint8), scale[..., 0, :], zero
+  least, most = jnp.minimum(least, 0), jnp.maximum(most, 0)
+  scale = _stored((most - least) / top, scale_dtype)
+  safe = jnp.where(scale == 0, 1, scale).astype(least.dtype)
+  return scale, jnp.clip(jnp.round(-least / safe), 0, top).astype(jnp.uint8)
+
+
+def code_range(bits: int, symmetric: bool, grid: str) -> tuple[int, int, DTypeLike]:
+  """The least and the largest code, and the dtype that holds them."""
+  if not symmetric:
+    return 0, 2**bits - 1, jnp.uint8
+  half = 2 ** (bits - 1)
+  return (1 - half if grid == "narrow" else -half), half - 1, jnp.int8
 
 
 def dequantize_groups(
@@ -134,9 +164,8 @@ def _merge(grouped: jax.Array) -> jax.Array:
   return grouped.reshape(*grouped.shape[:-3], -1, grouped.shape[-1])
 
 
-def _stored(scale: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-  """The scale in its stored dtype, and the same with 1 in place of 0 to divide by."""
+def _stored(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """The scale in the dtype it is stored in."""
   # A scale beyond float16 cuts the largest weights; an infinite one loses them all.
   most = float(jnp.finfo(dtype).max)
-  stored = jnp.where(jnp.isfinite(scale), jnp.minimum(scale, most), scale).astype(dtype)
-  return stored, jnp.where(stored == 0, 1, stored).astype(dtype)
+  return jnp.where(jnp.isfinite(scale), jnp.minimum(scale, most), scale).astype(dtype)

@@ -1,0 +1,98 @@
+"""Number formats and roundings on one small model, at 8, 4, 3 and 2 bits.
+
+Question: at equal bits, which format and which rounding keep the most, with no training
+after them?
+
+Model and text: those of configs/quickstart.py, trained once. The tied embedding, a
+quarter of the parameters, is in int8 everywhere; each row then rounds all other
+matrices, after the same model.
+
+Command: effjax run --config configs/formats.py
+"""
+
+import ml_collections
+
+from effjax.core import errors
+
+SIZES = ("", "smoke")
+# Name, rounding, options.
+ROWS = (
+  ("int8", "rtn", {"bits": 8}),
+  ("fp8", "rtn", {"format": "fp8"}),
+  ("mxfp8", "rtn", {"format": "mxfp8"}),
+  ("int4", "rtn", {"bits": 4, "group": 32}),
+  ("int4-half", "rtn", {"bits": 4, "group": 32, "grid": "half"}),
+  ("int4-mse", "rtn", {"bits": 4, "group": 32, "range": "mse"}),
+  ("int4-stochastic", "stochastic", {"bits": 4, "group": 32}),
+  ("int4-gptq", "gptq", {"bits": 4, "group": 32}),
+  ("int4-asymmetric", "rtn", {"bits": 4, "group": 32, "symmetric": False}),
+  ("nf4", "rtn", {"format": "nf4", "group": 32}),
+  ("nf4-double", "rtn", {"format": "nf4", "group": 32, "double_group": 32}),
+  ("nf4-gptq", "gptq", {"format": "nf4", "group": 32}),
+  ("fp4", "rtn", {"format": "fp4", "group": 32}),
+  ("mxfp4", "rtn", {"format": "mxfp4"}),
+  ("mxfp4-even", "rtn", {"format": "mxfp4", "scale_rule": "even"}),
+  ("mxfp4-gptq", "gptq", {"format": "mxfp4"}),
+  ("nvfp4", "rtn", {"format": "nvfp4"}),
+  ("nvfp4-gptq", "gptq", {"format": "nvfp4"}),
+  ("int3", "rtn", {"bits": 3, "group": 32}),
+  ("int3-gptq", "gptq", {"bits": 3, "group": 32}),
+  ("int2", "rtn", {"bits": 2, "group": 32, "symmetric": False}),
+  ("int2-gptq", "gptq", {"bits": 2, "group": 32, "symmetric": False}),
+  ("ternary", "rtn", {"format": "ternary", "group": 32, "per_tensor": False}),
+)
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  """The recipe; "smoke" is small enough to see that it works."""
+  if arg not in SIZES:
+    raise errors.unknown("argument of configs/formats.py:", arg, SIZES[1:])
+  smoke = arg == "smoke"
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.data = {
+    "corpus": "stdlib",
+    "vocab_size": 512 if smoke else 2048,
+    "sequence_length": 128 if smoke else 256,
+    "batch_size": 8,
+    "eval_bytes": 5_000 if smoke else 200_000,
+  }
+  config.model = {
+    "vocab_size": config.data.vocab_size,
+    "embed_dim": 64 if smoke else 128,
+    "num_layers": 2 if smoke else 4,
+    "pattern": ("mamba2", "attention"),
+    "mixer_options": {
+      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64},
+      "mamba2": {"head_dim": 64, "state_dim": 32, "chunk": 32},
+    },
+    "max_len": 256,
+  }
+  config.measure = {"eval_batch_size": 8, "latency": False, "xz_preset": 0}
+  training = {
+    "num_steps": 20 if smoke else 400,
+    "optimizer": {
+      "name": "muon",
+      "learning_rate": 0.01,
+      "schedule": "wsd",
+      "schedule_options": {"decay_fraction": 0.4},
+    },
+    "eval_max_bytes": 5_000,
+    "checkpoint_every": 100,
+    "log_every": 20,
+  }
+  rows = tuple(
+    {
+      "name": name,
+      "technique": technique,
+      "after": "embedding",
+      "options": options,
+    }
+    for name, technique, options in ROWS
+  )
+  config.stages = (
+    {"name": "train", "technique": "train", "options": training},
+    {"name": "embedding", "technique": "rtn", "where": {"kind": "embedding"}},
+    *rows,
+  )
+  return config

@@ -1,0 +1,331 @@
+"""GPTQ: each input's weights are rounded, and the later ones make up for the error.
+
+Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with the options of the
+authors' code: `act_order` takes inputs in the order of falling H_ii, `static_groups`
+fits all grids before. The Hessian is that of calibration, collect=("hessian",), on the
+model as it is before the stage. Every format of `effjax list formats` serves.
+
+Deviations: a group's grid is fitted when its first input is reached, with all earlier
+errors made up for (in the authors' code with those of earlier blocks); grids are static
+with `act_order`, and for a format whose grids depend on one another, since a leaf knows
+no order of inputs but its own. Inputs that were always zero take no part in the mean of
+the diagonal that the damping is a share of. The damping is raised where the Hessian is
+not positive definite, and the log says where. An expert that was given no token at all
+is rounded to nearest, and the log names it.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.compress import calibrate
+from effjax.compress.quantize import _matrices, rtn
+from effjax.core import config, errors, select, technique
+from effjax.core import tree as tree_lib
+from effjax.ops.matmul import column_sweep
+from effjax.weights.formats import base
+from effjax.weights.leaves import masked
+
+log = logging.getLogger(__name__)
+
+# Of stacked matrices, those whose Hessians fit into this are worked on at once: a
+# device has more to do in each step, and what is inverted does not exist for all.
+_TOGETHER_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQOptions(rtn.RTNOptions):
+  """Options of GPTQ, beside those of the format (of integers, 4 bits by default).
+
+  Attributes:
+    damping: what is added to the Hessian's diagonal, as a share of its mean.
+    act_order: whether inputs are taken in the order of falling H_ii.
+    static_groups: whether all grids are fitted to the weights as they are before.
+    block: most inputs whose updates of the rest are put together; changes only how
+      fast it runs. Groups with grids of their own are blocks.
+  """
+
+  damping: float = 0.01
+  act_order: bool = False
+  static_groups: bool = False
+  block: int = 128
+
+  def __post_init__(self):
+    if self.format == "int" and self.bits is None:
+      object.__setattr__(self, "bits", 4)
+    super().__post_init__()
+    config.require(self.damping >= 0, f"damping={self.damping} must not be negative")
+    config.require(self.block > 0, f"block={self.block} must be positive")
+
+
+class Report(NamedTuple):
+  """What is known of a matrix afterwards, `[*stack]`.
+
+  Attributes:
+    used: whether calibration gave it tokens.
+    finite: whether its Hessian is finite.
+    damping: that was used.
+    loss: tr((W - Q)^T H (W - Q)) with the damped Hessian; not finite if it failed.
+  """
+
+  used: Any
+  finite: Any
+  damping: Any
+  loss: Any
+
+
+def quantize(
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  stats: Any,
+  paths: Collection[str],
+  options: GPTQOptions,
+) -> dict[str, Any]:
+  """Replaces the selected parameters by leaves of the format, one at a time.
+
+  A `Masked` parameter stays masked, and the rest makes up for its zeros too.
+
+  Raises:
+    InputError: a parameter is low-rank, no matrix, quantized already, or has no Hessian
+      that can be used.
+  """
+  before, found = tree_lib.flatten(params), tree_lib.flatten(stats or {})
+  reports: dict[str, Report] = {}
+
+  def one(path: str, w: jax.Array, axis: int) -> Any:
+    old = before.get(path)
+    if old is None:
+      raise errors.InputError(
+        "calibration knows the inputs of a matrix, not of the factors of a low-rank "
+        "one; quantize it with rtn"
+      )
+    mask = old.mask() if isinstance(old, masked.Masked) else None
+    if mask is not None and axis == -1:
+      mask = jnp.swapaxes(mask, -1, -2)
+    of_inputs = _usable(found.get(path), w)
+    leaf, reports[path] = _quantize_array(
+      w, mask, of_inputs.hessian, of_inputs.count > 0, axis, options
+    )
+    return leaf
+
+  made = _matrices.replace(params, specs, paths, "gptq", one)
+  # A plan traces this on shapes, of whose values there is nothing to say.
+  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(reports)):
+    _check_and_tell(jax.device_get(reports), options)
+  return made
+
+
+def _usable(stats: Any, w: jax.Array) -> calibrate.InputStats:
+  """The statistics of w, with its Hessian `[*stack, in, in]`."""
+  if stats is None:
+    raise errors.InputError(
+      "gptq has no statistics of it; pass effjax.calibrate(model, params, batches, "
+      'collect=("hessian",)). What contracts no input, such as an embedding that is '
+      "only looked up, has none"
+    )
+  if stats.hessian is None:
+    raise errors.InputError(
+      "gptq needs Hessians, which were not collected; pass effjax.calibrate(model, "
+      'params, batches, collect=("hessian",))'
+    )
+  expected = (*w.shape[:-1], w.shape[-2])
+  config.require(
+    tuple(stats.hessian.shape) == expected,
+    f"its Hessian has shape {tuple(stats.hessian.shape)}, not {expected}; the "
+    "statistics are of another model",
+  )
+  return stats
+
+
+def _check_and_tell(reports: Mapping[str, Report], options: GPTQOptions) -> None:
+  """Raises InputError for the first failure; logs what is not as it was asked for."""
+  raised: list[str] = []
+  unseen: list[str] = []
+  for path, report in reports.items():
+    used, finite, damping, loss = map(np.asarray, report)
+    config.require(bool(finite.all()), f"{path}: its Hessian is not finite")
+    config.require(bool(used.any()), f"{path}: calibration gave it no token")
+    config.require(
+      bool(np.isfinite(loss).all()),
+      f"{path}: no damping up to {damping.max():g} of the mean of its diagonal makes "
+      "its Hessian positive definite, or the weight itself is not finite",
+    )
+    higher = np.asarray(damping > options.damping * (1 + 1e-6))  # float32 is inexact
+    raised += [f"{name} to {damping[at]:g}" for at, name in _places(path, higher)]
+    unseen += [name for _, name in _places(path, np.asarray(~used))]
+  log.info("gptq: %d parameters, damping %g", len(reports), options.damping)
+  if raised:
+    log.warning(
+      "gptq: Hessians not positive definite; damping raised from %g for %s",
+      options.damping,
+      ", ".join(raised),
+    )
+  if unseen:
+    log.warning("gptq: no token seen, rounded to nearest: %s", ", ".join(unseen))
+
+
+def _places(path: str, chosen: np.ndarray) -> list[tuple[tuple[int, ...], str]]:
+  """Where on the stack of a parameter `chosen` is true, and the name of each place."""
+  places = [tuple(map(int, at)) for at in np.argwhere(chosen)]
+  return [(at, f"{path}[{', '.join(map(str, at))}]" if at else path) for at in places]
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "options"))
+def _quantize_array(
+  w: jax.Array,
+  mask: jax.Array | None,
+  hessian: jax.Array,
+  used: jax.Array,
+  axis: int,
+  options: GPTQOptions,
+) -> tuple[Any, Report]:
+  """One array: of what is stacked as many at once as `_TOGETHER_BYTES` says."""
+  dtype = jnp.promote_types(w.dtype, jnp.float32)
+  parts = (w.astype(dtype), mask, hessian.astype(dtype), used)
+  one = lambda parts: quantize_matrix(*parts, options)
+  stack = w.shape[:-2]
+  if not stack:
+    codes, grid, report = one(parts)
+  else:
+    total = math.prod(stack)
+    most = _TOGETHER_BYTES // (w.shape[-2] ** 2 * dtype.itemsize)
+    together = column_sweep.block_size(total, max(most, 1))
+    flat = jax.tree.map(lambda a: a.reshape(total, *a.shape[len(stack) :]), parts)
+    made = jax.lax.map(one, flat, batch_size=together)
+    codes, grid, report = jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), made)
+  leaf = options.build().leaf(codes, grid, axis=axis, dtype=w.dtype)
+  return leaf, report
+
+
+def quantize_matrix(
+  w: jax.Array,
+  mask: jax.Array | None,
+  hessian: jax.Array,
+  used: jax.Array,
+  options: GPTQOptions,
+) -> tuple[jax.Array, dict[str, jax.Array], Report]:
+  """GPTQ of one matrix, as pure arrays.
+
+  Args:
+    w: `[in, out]`, float32 or float64.
+    mask: bool like w, what it drops is rounded to zero; or None.
+    hessian: `[in, in]` of the dtype of w.
+    used: whether there is a Hessian, a bool scalar; else w is rounded to nearest.
+    options: of the stage.
+
+  Returns:
+    Codes `[in, out]`, the grid of parts `[groups, 1, out]` (see weights.formats.base),
+    and a report.
+  """
+  fmt = options.build()
+  in_dim = w.shape[0]
+  group = fmt.group_of(in_dim)
+  finite = jnp.all(jnp.isfinite(hessian))
+  # With this Hessian nothing makes up for anything, and GPTQ is rounding to nearest.
+  eye = jnp.eye(in_dim, dtype=hessian.dtype)
+  hessian = jnp.where(used, hessian, eye)
+  order = None
+  if options.act_order:
+    order = jnp.argsort(-jnp.diagonal(hessian))
+    hessian = hessian[order][:, order]
+  factor = column_sweep.inverse_factor(hessian, options.damping)
+  # What reorders `order` back is its own order.
+  back = None if order is None else jnp.argsort(order)
+  dead = factor.dead if back is None else factor.dead[back]
+  w = jnp.where(dead[:, None], 0, w)
+  static = options.act_order or options.static_groups or fmt.static_grids
+  if static or group == in_dim:
+    swept, grid = _on_grids(fmt, w, mask, factor.upper, order, options)
+  else:
+    swept, grid = _group_by_group(fmt, w, mask, factor.upper, options)
+  codes = swept.parts if back is None else swept.parts[back]
+  return codes, grid, Report(used, finite, factor.damping, swept.loss)
+
+
+def _on_grids(
+  fmt: base.Format,
+  w: jax.Array,
+  mask: jax.Array | None,
+  upper: jax.Array,
+  order: jax.Array | None,
+  options: GPTQOptions,
+) -> tuple[column_sweep.Swept, dict[str, jax.Array]]:
+  """With all grids fitted before, and inputs in the given order."""
+  group = fmt.group_of(w.shape[0])
+  grid = rtn.fit(fmt, base.split(w, group), options.range)
+
+  def keep(started: Any, row: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del started
+    i = i if order is None else order[i]
+    own = {name: _of_group(part, i // group) for name, part in grid.items()}
+    return _nearest(fmt, own, row, None if mask is None else mask[i])
+
+  block = column_sweep.block_size(w.shape[0], options.block)
+  ordered = w if order is None else w[order]
+  swept = column_sweep.sweep(ordered, upper, block, lambda block: (), keep)
+  return swept, grid
+
+
+def _group_by_group(
+  fmt: base.Format,
+  w: jax.Array,
+  mask: jax.Array | None,
+  upper: jax.Array,
+  options: GPTQOptions,
+) -> tuple[column_sweep.Swept, dict[str, jax.Array]]:
+  """With each grid fitted when its group is reached, which therefore is the block."""
+  group = fmt.group_of(w.shape[0])
+  x = base.split(w, group)
+  outer = fmt.outer(x)
+
+  def start(block: column_sweep.Block) -> dict[str, jax.Array]:
+    rows = block.rows
+    if mask is not None:
+      kept = jax.lax.dynamic_slice_in_dim(mask, block.index * group, group)
+      rows = jnp.where(kept, rows, 0)
+    return rtn.fit(fmt, rows[None], options.range, outer)
+
+  def keep(
+    grid: dict[str, jax.Array], row: jax.Array, i: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    return _nearest(fmt, grid, row, None if mask is None else mask[i])
+
+  swept = column_sweep.sweep(w, upper, group, start, keep)
+  # What all groups share was given with each.
+  shared = jax.eval_shape(lambda: rtn.fit(fmt, x, options.range))
+  grid = {name: part[: shared[name].shape[0], 0] for name, part in swept.blocks.items()}
+  return swept, grid
+
+
+def _nearest(
+  fmt: base.Format,
+  grid: Mapping[str, jax.Array],
+  row: jax.Array,
+  mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """The values that a row `[out]` is rounded to, and their codes."""
+  kept = row if mask is None else jnp.where(mask, row, 0)
+  codes = fmt.encode(kept[None, None], grid)
+  values = fmt.decode(codes, grid)[0, 0].astype(row.dtype)
+  # A zero of the mask is one whatever its code stands for.
+  return values if mask is None else jnp.where(mask, values, 0), codes[0, 0]
+
+
+def _of_group(part: jax.Array, index: jax.Array) -> jax.Array:
+  """A part of a grid as one group has it, also where all share it."""
+  return part if len(part) == 1 else jax.lax.dynamic_slice_in_dim(part, index, 1)
+
+
+TECHNIQUE = technique.Transform(
+  fn=quantize,
+  options_cls=GPTQOptions,
+  default_where=select.Where(kind=("matrix",)),
+  collect=("hessian",),
+)

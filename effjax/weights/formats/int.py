@@ -1,0 +1,129 @@
+"""Integers of 2 to 8 bits: evenly spaced values, around zero or with a zero point.
+
+Source: uniform affine grids as in Jacob et al. 2018, arXiv:1712.05877, eq. 1; the
+conventions of symmetric ones in ops.matmul.rounding, which also says what each costs.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core import config, errors
+from effjax.ops.matmul import rounding
+from effjax.weights.formats import base
+from effjax.weights.leaves import quantized
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int(base.Format):
+  """Codes times a scale.
+
+  Attributes:
+    bits: 2, 3, 4, 5, 6 or 8.
+    group, symmetric, grid, per_tensor, activations, scale_dtype: see FormatOptions.
+  """
+
+  bits: int = 8
+  symmetric: bool = True
+  grid: str = "narrow"
+  per_tensor: bool = False
+  activations: str = "none"
+  scale_dtype: str = "float32"
+
+  def __post_init__(self):
+    config.require(
+      self.bits in quantized.BITS, f"bits={self.bits} must be one of {quantized.BITS}"
+    )
+    config.require(self.group >= 0, f"group={self.group} must be 0 or positive")
+    if self.activations not in quantized.ACTIVATIONS:
+      raise errors.unknown("activations", self.activations, quantized.ACTIVATIONS)
+    config.require(
+      self.activations == "none" or (self.group == 0 and self.symmetric),
+      "activations='int8' needs group=0 and symmetric=True: an int8 product has one "
+      "scale per output channel",
+    )
+    config.require(
+      self.activations == "none" or (self.bits == 8 and not self.per_tensor),
+      "activations='int8' needs bits=8 and per_tensor=False",
+    )
+    config.require(
+      not self.per_tensor or self.group == 0, "per_tensor=True needs group=0"
+    )
+    if self.grid not in rounding.GRIDS:
+      raise errors.unknown("grid", self.grid, rounding.GRIDS)
+    if self.scale_dtype not in base.SCALE_DTYPES:
+      raise errors.unknown("scale_dtype", self.scale_dtype, base.SCALE_DTYPES)
+
+  def outer(self, x: jax.Array) -> jax.Array | None:
+    """Least and largest weight of a whole matrix, where it has one scale."""
+    if not self.per_tensor:
+      return None
+    axes = (-1, -2, -3)
+    return jnp.stack(
+      [x.min(axis=axes, keepdims=True), x.max(axis=axes, keepdims=True)], axis=0
+    )
+
+  def fit(
+    self, x: jax.Array, outer: jax.Array | None = None, shrink: Any = 1.0
+  ) -> dict[str, jax.Array]:
+    """Scales, and zero points of an asymmetric grid."""
+    if outer is None:
+      least, most = x.min(axis=-2, keepdims=True), x.max(axis=-2, keepdims=True)
+    else:
+      least, most = outer
+    scale, zero = rounding.fit_range(
+      least * shrink,
+      most * shrink,
+      self.bits,
+      self.symmetric,
+      grid=self.grid,
+      scale_dtype=self.scale_dtype,
+    )
+    return {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
+
+  def encode(self, x: jax.Array, grid: base.Grid) -> jax.Array:
+    """int8, or uint8 with zero points."""
+    return self._clipped(jnp.round(self._places(x, grid)))
+
+  def neighbours(self, x: jax.Array, grid: base.Grid) -> tuple[jax.Array, jax.Array]:
+    """The two codes around each weight; both the end where it lies beyond."""
+    places = self._places(x, grid)
+    return self._clipped(jnp.floor(places)), self._clipped(jnp.ceil(places))
+
+  def decode(self, codes: jax.Array, grid: base.Grid) -> jax.Array:
+    """`(codes - zero) * scale`, in float32."""
+    centred = codes.astype(jnp.float32)
+    if "zero" in grid:
+      centred -= grid["zero"].astype(jnp.float32)
+    return centred * grid["scale"].astype(jnp.float32)
+
+  def leaf(
+    self,
+    codes: jax.Array,
+    grid: base.Grid,
+    *,
+    axis: int = -2,
+    dtype: Any = jnp.float32,
+  ) -> quantized.Quantized:
+    """A Quantized leaf; it holds a scale for each output, also where all are one."""
+    parts = [codes, *(base.an_output(grid[n], codes) for n in grid)]
+    if axis == -1:
+      parts = [jnp.swapaxes(part, -1, -2) for part in parts]
+    return quantized.Quantized.create(
+      *parts, bits=self.bits, axis=axis, activations=self.activations, dtype=dtype
+    )
+
+  def _places(self, x: jax.Array, grid: base.Grid) -> jax.Array:
+    """Where on the grid each weight lies, as a number of steps."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    places = x / base.divisor(grid["scale"]).astype(x.dtype)
+    return places + grid["zero"].astype(x.dtype) if "zero" in grid else places
+
+  def _clipped(self, places: jax.Array) -> jax.Array:
+    low, high, dtype = rounding.code_range(self.bits, self.symmetric, self.grid)
+    return jnp.clip(places, low, high).astype(dtype)
+
+
+TECHNIQUE = Int
