@@ -8,6 +8,44 @@ quarter of the parameters, is in int8 everywhere; each row then rounds all other
 matrices, after the same model.
 
 Command: effjax run --config configs/formats.py
+
+Result (2 CPU cores, 7 minutes; one seed; `embedding` is what the rows start from, the
+embedding in int8 and all else in float32):
+
+| row | bits/byte | lost | bits/weight |
+| --- | ---: | ---: | ---: |
+| embedding | 1.7122 | – | 26.44 |
+| int8 | 1.7124 | +0.0002 | 8.32 |
+| fp8 | 1.7124 | +0.0002 | 8.32 |
+| mxfp8 | 1.7120 | -0.0003 | 8.35 |
+| int4 | 1.7180 | +0.0058 | 5.88 |
+| int4-half | 1.7178 | +0.0055 | 5.88 |
+| int4-mse | 1.7170 | +0.0048 | 5.88 |
+| int4-stochastic | 1.7212 | +0.0090 | 5.88 |
+| int4-gptq | 1.7147 | +0.0025 | 5.88 |
+| int4-asymmetric | 1.7158 | +0.0036 | 6.07 |
+| nf4 | 1.7175 | +0.0053 | 5.88 |
+| nf4-double | 1.7173 | +0.0051 | 5.33 |
+| nf4-gptq | 1.7148 | +0.0025 | 5.88 |
+| fp4 | 1.7193 | +0.0071 | 5.88 |
+| mxfp4 | 1.7200 | +0.0078 | 5.31 |
+| mxfp4-even | 1.7198 | +0.0076 | 5.31 |
+| mxfp4-gptq | 1.7168 | +0.0046 | 5.31 |
+| nvfp4 | 1.7175 | +0.0052 | 5.50 |
+| nvfp4-gptq | 1.7157 | +0.0035 | 5.50 |
+| int3 | 1.7415 | +0.0293 | 5.12 |
+| int3-gptq | 1.7295 | +0.0173 | 5.12 |
+| int2 | 1.8196 | +0.1074 | 4.55 |
+| int2-gptq | 1.7836 | +0.0714 | 4.55 |
+| ternary | 2.0521 | +0.3399 | 4.36 |
+
+GPTQ takes away a third to more than a half of what nearest loses, in every format and
+at every width. Among 4-bit formats an asymmetric grid loses least, nf4, nvfp4 and
+symmetric integers follow close together, and mxfp4, whose powers of two take a quarter
+of the bits of a float32 scale, loses most. At 8 bits all are the same. Bits a weight
+are more than those of the codes: with groups of 32 a float32 scale is a whole bit, and
+what is neither a matrix nor the embedding stays in float32. One seed, so that
+differences below 0.001 say nothing.
 """
 
 import ml_collections

@@ -83,12 +83,11 @@ def prefill(
   state: dict[str, Any],
 ) -> tuple[jax.Array, dict[str, Any]]:
   """The compiled form of `Decoding.prefill`."""
-  logits_BLV, state = model.apply(
-    {"params": params}, tokens_BL, segments=segments_BL, state=state
-  )
   last_B = jnp.maximum(jnp.sum(segments_BL > 0, axis=1) - 1, 0)
-  last_B11 = last_B[:, None, None]
-  return jnp.take_along_axis(logits_BLV, last_B11, axis=1)[:, 0], state
+  logits_B1V, state = model.apply(
+    {"params": params}, tokens_BL, segments=segments_BL, state=state, at_B=last_B
+  )
+  return logits_B1V[:, 0], state
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")

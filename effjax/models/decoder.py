@@ -109,6 +109,8 @@ class Decoder(nn.Module):
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     state: Mapping[str, Any] | None = None,
+    *,
+    at_B: jax.Array | None = None,
   ) -> tuple[jax.Array, Mapping[str, Any] | None]:
     """Logits of the next token at every position.
 
@@ -118,9 +120,11 @@ class Decoder(nn.Module):
         from 0, or from the state's length.
       segments: int32 `[B, L]`, 0 for padding; all 1 by default.
       state: decoding state from `init_state` or an earlier call; donate it.
+      at_B: int32, the only place of each row whose logits are wanted, which spares the
+        head of a long prompt; None for all.
 
     Returns:
-      Logits `[B, L, V]` float32, and the new state (None without one).
+      Logits `[B, L, V]` float32, or `[B, 1, V]`, and the new state (None without one).
     """
     cfg = self.config
     if positions is None:
@@ -144,6 +148,11 @@ class Decoder(nn.Module):
         positions,
         segments,
       )
+    seen_BL = segments > 0
+    if at_B is not None:
+      x_BLD = jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)
+      seen_BL = jnp.take_along_axis(seen_BL, at_B[:, None], axis=1)
+    with weight_lib.token_weights(seen_BL.astype(jnp.float32)):
       x_BLD = norm.NORMS[cfg.norm](eps=cfg.norm_eps, name="final_norm")(x_BLD)
       logits_BLV = self._logits(x_BLD, table)
     if state is not None:

@@ -186,6 +186,16 @@ def test_prefill_and_steps_equal_the_parallel_form(small, unroll):
   assert state["length_B"].tolist() == [11, 8]
 
 
+def test_logits_of_one_place_are_those_of_all(small):
+  model, params, tokens_BL = small
+  at_B = jnp.arange(len(tokens_BL)) + 1
+  every_BLV = model.apply({"params": params}, tokens_BL)[0]
+  one_B1V, _ = model.apply({"params": params}, tokens_BL, at_B=at_B)
+  assert one_B1V.shape == (len(tokens_BL), 1, every_BLV.shape[-1])
+  expected = jnp.take_along_axis(every_BLV, at_B[:, None, None], axis=1)
+  np.testing.assert_allclose(one_B1V, expected, atol=1e-5)
+
+
 def test_decoding_step_copies_no_cache():
   options = {"attention": {"head_dim": 32}}
   cfg = small_config(
