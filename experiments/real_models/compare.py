@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "interop" / "gguf")]
+sys.path.insert(0, str(ROOT))
 
-import llama_cpp
 import onnxruntime
 import torch
 import transformers
 
+from effjax.cli.peers import llama_cpp
 from effjax.interop import sources
 from effjax.interop.gguf import export as gguf_export
 from effjax.interop.gguf import model as gguf_model
@@ -30,7 +30,7 @@ from effjax.interop.hf import folder
 from effjax.interop.onnx import export as onnx_export
 
 NEW_TOKENS, MARGIN = 32, 1e-3
-QUANTIZED = ("Q8_0", "Q4_1", "Q5_0", "Q4_0", "Q4_K", "Q6_K")
+QUANTIZED = ("F32", "Q8_0", "Q4_1", "Q5_0", "Q4_0", "Q4_K", "Q6_K")
 PROMPTS = (
   "Once upon a time, there was a little",
   "The capital of France is",
@@ -184,17 +184,34 @@ def against_llama(place, model, params, specs, tokenizer) -> dict:
 
 
 def quantized(place, model, params, specs, tokenizer, type, ids) -> dict:
-  """Logits of a quantized file: llama.cpp's against ours on the values in the file."""
+  """Logits of a quantized file: llama.cpp's against ours on the values in the file.
+
+  And against its own, when it reads the same tokens one by one.
+  """
   path = place / f"{type}.gguf"
   gguf_export.save(path, model, params, specs, tokenizer, type=type)
   decoded = gguf_model.open_gguf(path).load()
   ours = logits_of(model, decoded, ids)
   with llama_cpp.Model(path) as llama:
     theirs = llama.logits(ids)
+    with llama.context(wide=True, flash=False) as context:
+      one_by_one = np.concatenate(
+        [context.decode(np.array([[token]]), i)[0] for i, token in enumerate(ids)]
+      )
   return {
-    "logits_std": worst(ours, theirs),
-    "rms_std": float(np.sqrt(np.mean((ours - theirs) ** 2)) / theirs.std()),
-    "same_argmax": float(np.mean(ours.argmax(-1) == theirs.argmax(-1))),
+    f"{who}_{name}": value
+    for who, logits in (("ours", ours), ("itself", one_by_one))
+    for name, value in differences(logits, theirs).items()
+  }
+
+
+def differences(logits: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+  """In standard deviations of theirs, and how many most likely tokens are the same."""
+  rms = np.sqrt(np.mean((logits - theirs) ** 2)) / theirs.std()
+  return {
+    "logits_std": worst(logits, theirs),
+    "rms_std": float(rms),
+    "same_argmax": float(np.mean(logits.argmax(-1) == theirs.argmax(-1))),
   }
 
 

@@ -4,7 +4,7 @@ A timing is never asserted in a test; it is measured here, with what a reader ne
 judge it printed below the table.
 
 Examples:
-  effjax bench decode            decoding: fp32, int8, dynamic int8, int4
+  effjax bench decode            one model in effjax, llama.cpp and others
   effjax bench loop --json       the training loop's cost outside the compiled step
   effjax bench mixers --plot mixers.png   every mixer by length, with its curves
   effjax bench decode --quick    tiny shapes: does it run? (the numbers mean nothing)

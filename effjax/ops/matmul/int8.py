@@ -17,10 +17,10 @@ speed there, measured on two AVX2 cores over the products of 8 decoder layers:
 - a weight that comes from memory is waited for unless it is fetched ahead: 145 against
   70 microseconds for [1, 512] x [512, 1376] on one busy core.
 
-A whole decoding step (`effjax bench decode`, two AVX2 cores, two runs): 1.9 to 2.3
-times as fast as float32 at width 512 and batch 1, 2.2 times at batch 8; 2.7 to 2.8 and
-2.9 to 3.7 times at width 1024. With XLA's product it was 1.3 and 1.7 times, and 1.6 and
-2.4 times.
+A whole decoding step of random models, two AVX2 cores, two runs: 1.9 to 2.3 times as
+fast as float32 at width 512 and batch 1, 2.2 times at batch 8; 2.7 to 2.8 and 2.9 to
+3.7 times at width 1024. With XLA's product it was 1.3 and 1.7 times, and 1.6 and 2.4
+times. (Of a real model: `effjax bench decode`.)
 """
 
 import functools
