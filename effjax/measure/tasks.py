@@ -49,6 +49,11 @@ class Questions:
         "its tokenizer, or train on text"
       )
 
+  @property
+  def record(self) -> dict[str, Any]:
+    """What the task's numbers are of, with origin and licence."""
+    return base.find(self.task).record
+
   def examples(self) -> list[base.Example]:
     """What is asked; read out of the archive, which is fetched the first time."""
     return self._all()[: self.limit]

@@ -164,6 +164,10 @@ def _note_environment(session: session_lib.Session) -> None:
   """
   path = session.root / "env.json"
   now = environment.describe() | {"corpus": session.data.facts}
+  if session.config.imported:
+    now |= session.config.source.origin
+  if session.questions is not None:
+    now["task"] = session.questions.record
   if path.exists():
     before = folder.read_json(path)
     if before == now:

@@ -117,6 +117,12 @@ def test_the_report_is_about_answers_alone(here):
   assert "decoding" not in text.split("## How each number")[0]
 
 
+def test_what_was_imported_and_asked_is_on_record(here):
+  env = json.loads((here / "run" / "env.json").read_text())
+  assert env["task"]["licence"] == TASK.licence
+  assert (env["format"], env["config"]["model_type"]) == ("hf", "bert")
+
+
 def test_the_same_command_again_finds_everything_done(here, capsys):
   argv = ["run", "--config", "recipe.py", "--workdir", "run"]
   code, _, err = _run(capsys, *argv)
