@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from effjax.cli.peers import machine, process
 # Lanes that load at the same time. They never compute at the same time: threads that
 # wait for each other busily come to a halt where another process takes their core.
 _LOADING = 2
+# Between two turns: threads look for work that long before they sleep.
+_PAUSE_SECS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,7 @@ def compare(
     for k in range(rounds):
       say(f"batch {len(tokens_BL)}: round {k + 1} of {rounds}")
       for lane, (running, _) in loaded.items():
+        time.sleep(_PAUSE_SECS)
         watch = machine.Others()
         turn = lane_lib.Turn(**running.ask("turn"))
         others[lane].append(watch.share(turn.cpu_secs))
