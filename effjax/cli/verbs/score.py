@@ -7,9 +7,11 @@ Every token but the first is predicted once, after at least context - stride oth
 (all that there are, at the start); a stride equal to the context cuts the text into
 pieces that do not overlap, as many published perplexities do.
 
-A task (effjax list tasks) is labelled text and a question with a few answers. The model
-sees no example before; its answer is the one of the highest log-likelihood. Compare the
-accuracy with the majority: what always giving the most frequent answer would get.
+A task (effjax list tasks) is labelled text and a question with a few answers. A
+language model sees no example before; its answer is the one of the highest
+log-likelihood. Of an encoder, a linear probe on its embeddings is fitted on four fifths
+of the texts and scored on the others. Compare the accuracy with the majority: what
+always giving the most frequent answer would get.
 
 Examples:
   effjax score --workdir runs/quickstart --file README.md
