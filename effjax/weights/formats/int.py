@@ -9,15 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from effjax.core import config, errors
 from effjax.ops.matmul import rounding
-from effjax.weights.formats import base
+from effjax.weights.formats import _uniform, base
 from effjax.weights.leaves import quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int(base.Format):
+class Int(_uniform.Uniform):
   """Codes times a scale.
 
   Attributes:
@@ -83,47 +84,15 @@ class Int(base.Format):
     )
     return {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
 
-  def encode(self, x: jax.Array, grid: base.Grid) -> jax.Array:
-    """int8, or uint8 with zero points."""
-    return self._clipped(jnp.round(self._places(x, grid)))
+  @property
+  def code_bits(self) -> int:
+    """The option."""
+    return self.bits
 
-  def neighbours(self, x: jax.Array, grid: base.Grid) -> tuple[jax.Array, jax.Array]:
-    """The two codes around each weight; both the end where it lies beyond."""
-    places = self._places(x, grid)
-    return self._clipped(jnp.floor(places)), self._clipped(jnp.ceil(places))
-
-  def decode(self, codes: jax.Array, grid: base.Grid) -> jax.Array:
-    """`(codes - zero) * scale`, in float32."""
-    centred = codes.astype(jnp.float32)
-    if "zero" in grid:
-      centred -= grid["zero"].astype(jnp.float32)
-    return centred * grid["scale"].astype(jnp.float32)
-
-  def leaf(
-    self,
-    codes: jax.Array,
-    grid: base.Grid,
-    *,
-    axis: int = -2,
-    dtype: Any = jnp.float32,
-  ) -> quantized.Quantized:
-    """A Quantized leaf; it holds a scale for each output, also where all are one."""
-    parts = [codes, *(base.an_output(grid[n], codes) for n in grid)]
-    if axis == -1:
-      parts = [jnp.swapaxes(part, -1, -2) for part in parts]
-    return quantized.Quantized.create(
-      *parts, bits=self.bits, axis=axis, activations=self.activations, dtype=dtype
-    )
-
-  def _places(self, x: jax.Array, grid: base.Grid) -> jax.Array:
-    """Where on the grid each weight lies, as a number of steps."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    places = x / base.divisor(grid["scale"]).astype(x.dtype)
-    return places + grid["zero"].astype(x.dtype) if "zero" in grid else places
-
-  def _clipped(self, places: jax.Array) -> jax.Array:
-    low, high, dtype = rounding.code_range(self.bits, self.symmetric, self.grid)
-    return jnp.clip(places, low, high).astype(dtype)
+  @property
+  def code_range(self) -> tuple[int, int, DTypeLike]:
+    """As the grid's convention says."""
+    return rounding.code_range(self.bits, self.symmetric, self.grid)
 
 
 TECHNIQUE = Int

@@ -11,16 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from effjax.core import config, errors
-from effjax.weights.formats import _tabled, base
-from effjax.weights.leaves import quantized
-
-_BITS = 2
+from effjax.weights.formats import _tabled, _uniform, base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ternary(base.Format):
+class Ternary(_uniform.Uniform):
   """Codes from -1 to 1 times a scale.
 
   Attributes:
@@ -56,41 +54,15 @@ class Ternary(base.Format):
       outer = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-2, keepdims=True)
     return {"scale": _tabled.stored(outer * shrink, self.scale_dtype)}
 
-  def encode(self, x: jax.Array, grid: base.Grid) -> jax.Array:
-    """int8."""
-    return _clipped(jnp.round(_places(x, grid)))
+  @property
+  def code_bits(self) -> int:
+    """Two."""
+    return 2
 
-  def neighbours(self, x: jax.Array, grid: base.Grid) -> tuple[jax.Array, jax.Array]:
-    """The two codes around each weight; both the end where it lies beyond."""
-    places = _places(x, grid)
-    return _clipped(jnp.floor(places)), _clipped(jnp.ceil(places))
-
-  def decode(self, codes: jax.Array, grid: base.Grid) -> jax.Array:
-    """Values in float32."""
-    return codes.astype(jnp.float32) * grid["scale"].astype(jnp.float32)
-
-  def leaf(
-    self,
-    codes: jax.Array,
-    grid: base.Grid,
-    *,
-    axis: int = -2,
-    dtype: Any = jnp.float32,
-  ) -> quantized.Quantized:
-    """A Quantized leaf of two bits."""
-    parts = [codes, base.an_output(grid["scale"], codes)]
-    if axis == -1:
-      parts = [jnp.swapaxes(part, -1, -2) for part in parts]
-    return quantized.Quantized.create(*parts, bits=_BITS, axis=axis, dtype=dtype)
-
-
-def _places(x: jax.Array, grid: base.Grid) -> jax.Array:
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x / base.divisor(grid["scale"]).astype(x.dtype)
-
-
-def _clipped(places: jax.Array) -> jax.Array:
-  return jnp.clip(places, -1, 1).astype(jnp.int8)
+  @property
+  def code_range(self) -> tuple[int, int, DTypeLike]:
+    """From -1 to 1."""
+    return -1, 1, jnp.int8
 
 
 TECHNIQUE = Ternary
