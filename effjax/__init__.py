@@ -27,6 +27,7 @@ _NAMES = {
   "sizes": "effjax.recipe.api",
   "calibrate": "effjax.compress.calibrate",
   "transform": "effjax.recipe.api",
+  "transform_model": "effjax.recipe.api",
   "evaluate": "effjax.recipe.api",
   "measure": "effjax.recipe.api",
   "generate": "effjax.recipe.api",

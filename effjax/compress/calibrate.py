@@ -34,12 +34,17 @@ class InputStats:
     count: tokens summed over, `[*stack]`.
     hessian: sum over tokens of `x x^T`, `[*stack, I, I]`, or None if not collected. Of
       the squared error of a layer's outputs the Hessian is twice it.
+    abs_sum: sum over tokens of |x_i|, `[*stack, I]`, or None if not collected.
+    histogram: how many |x_i|, of all channels, lie in each of the bins K of
+      ops.matmul.histogram, `[*stack, K]`, or None if not collected.
   """
 
   square_sum: Any
   absmax: Any
   count: Any
   hessian: Any = None
+  abs_sum: Any = None
+  histogram: Any = None
 
   @property
   def mean_square(self) -> jax.Array:
@@ -63,8 +68,8 @@ def calibrate(
     params: its parameters; any leaf kinds.
     batches: dicts with "inputs" `[B, L]` and, where sequences are packed or padded,
       "segments" and "positions"; all of one shape, so that one program serves them.
-    collect: "moments" (sums a channel, always there) and "hessian", which takes I^2
-      numbers for a weight of I inputs.
+    collect: "moments" (sums a channel, always there), "magnitudes" (`abs_sum`),
+      "histogram" and "hessian", which takes I^2 numbers for a weight of I inputs.
     where: which weights (see core.select), such as {"path": "mlp"}; None for all.
     limit_bytes: most memory the statistics may take.
 
@@ -91,9 +96,7 @@ def calibrate(
       stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     stats = step(params, stats, batch)
   config.require(stats is not None, "calibration needs at least one batch")
-  leaves = _as_leaves(stats)
-  _require_finite(leaves)
-  return leaves
+  return finished(stats)
 
 
 def abstract(
@@ -163,13 +166,18 @@ def _shapes(
   config.require(
     len(shapes) > 0, "nothing to calibrate: no selected weight contracts an input"
   )
+  require_fits(shapes, limit_bytes)
+  return shapes
+
+
+def require_fits(shapes: Any, limit_bytes: int) -> None:
+  """Raises InputError if statistics of these shapes take more than `limit_bytes`."""
   needed_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
   config.require(
     needed_bytes <= limit_bytes,
     f"calibration statistics take {needed_bytes} bytes, the limit is {limit_bytes}; "
     "raise limit_bytes, or calibrate fewer weights at a time with where",
   )
-  return shapes
 
 
 def _as_leaves(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +187,17 @@ def _as_leaves(stats: Mapping[str, Any]) -> dict[str, Any]:
     weight, _, field = path.rpartition("/")
     fields.setdefault(weight, {})[field] = array
   return tree_lib.unflatten({path: InputStats(**f) for path, f in fields.items()})
+
+
+def finished(stats: Mapping[str, Any]) -> dict[str, Any]:
+  """The tree of InputStats of a collection `stats` as the model wrote it.
+
+  Raises:
+    InputError: they are not finite; the first weight is named.
+  """
+  leaves = _as_leaves(stats)
+  _require_finite(leaves)
+  return leaves
 
 
 def _require_finite(leaves: Mapping[str, Any]) -> None:

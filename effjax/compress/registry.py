@@ -20,7 +20,7 @@ def names() -> dict[str, str]:
   return {name: package for package in packages() for name in registry.names(package)}
 
 
-def find(name: str) -> technique.Transform:
+def find(name: str) -> technique.Transform | technique.ModelTransform:
   """The transform `name`.
 
   Raises:

@@ -1,10 +1,10 @@
 """The shapes a registered technique can have, as data the registry hands out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from effjax.core import config
+from effjax.core import config, errors
 from effjax.core import select as select_lib
 
 
@@ -17,18 +17,27 @@ class Transform:
       selected parameters, `stats` calibration statistics or None.
     options_cls: frozen dataclass of its options.
     default_where: what it applies to when the user does not say.
-    collect: the calibration statistics that `stats` must hold; empty if it needs none.
+    collect: the calibration statistics that `stats` must hold, whatever the options;
+      options may ask for more (see `collected`).
+    equivalent: whether the outcome computes the same function.
+    after: a transform that makes what this one works on, where a plain model has
+      nothing for it; None where a plain model is enough.
   """
 
   fn: Callable[..., dict[str, Any]]
   options_cls: type
   default_where: select_lib.Where = select_lib.Where(kind=("matrix",))
   collect: tuple[str, ...] = ()
+  equivalent: bool = False
+  after: str | None = None
 
-  @property
-  def needs_stats(self) -> bool:
-    """Whether `stats` must be given."""
-    return bool(self.collect)
+  def collected(self, options: Any) -> tuple[str, ...]:
+    """The calibration statistics that `stats` must hold; empty if it needs none.
+
+    Args:
+      options: an `options_cls`; what its attribute `collect` names is needed too.
+    """
+    return tuple(dict.fromkeys((*self.collect, *getattr(options, "collect", ()))))
 
   def options(self, values: Mapping[str, Any] | None, path: str = "options") -> Any:
     """Validated options; raises InputError with one line."""
@@ -59,3 +68,92 @@ class Transform:
       options = self.options(options)
     where = select_lib.parse(where, self.default_where)
     return self.fn(params, specs, stats, select_lib.select(specs, where), options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelTransform:
+  """A transform of a whole model, which may run it and may change its config.
+
+  Attributes:
+    fn: `fn(model, params, specs, batches, paths, options) -> (model, params)`, pure;
+      `batches` are dicts of arrays as calibration takes them, and `paths` the selected
+      parameters.
+    options_cls: frozen dataclass of its options.
+    default_where: what it applies to when the user does not say.
+    needs_batches: whether it runs the model on text; else `batches` is empty.
+    equivalent: whether the outcome computes the same function.
+    outcome: `outcome(model, params, specs, paths, options) -> (model, params)` on
+      ShapeDtypeStructs, which also finds mistakes before anything runs; None where
+      model and shapes stay what they are.
+    depends_on_values: whether only a run tells the shapes, of which `outcome` then
+      gives the largest.
+  """
+
+  fn: Callable[..., tuple[Any, dict[str, Any]]]
+  options_cls: type
+  default_where: select_lib.Where = select_lib.Where(kind=("matrix",))
+  needs_batches: bool = False
+  equivalent: bool = False
+  outcome: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+  depends_on_values: bool = False
+
+  def options(self, values: Mapping[str, Any] | None, path: str = "options") -> Any:
+    """Validated options; raises InputError with one line."""
+    return config.build(self.options_cls, values or {}, path)
+
+  def __call__(
+    self,
+    model: Any,
+    params: Mapping[str, Any],
+    specs: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Any]] = (),
+    *,
+    where: Any = None,
+    options: Any = None,
+  ) -> tuple[Any, dict[str, Any]]:
+    """Applies the transform.
+
+    Args:
+      model: the model, made of layers (core.layers).
+      params: its parameters (not changed).
+      specs: tree of ParamSpecs of the same structure.
+      batches: all of one shape; where they are needed.
+      where: which parameters (see core.select); None for the technique's default.
+      options: an `options_cls` or a mapping of its fields.
+
+    Returns:
+      The model and its new parameters.
+
+    Raises:
+      InputError: bad options, an empty selection, or something that does not fit.
+    """
+    options, paths = self._parse(specs, where, options)
+    if self.needs_batches and not batches:
+      raise errors.InputError(
+        f"{self.options_cls.__name__.removesuffix('Options').lower()} runs the model "
+        "on text: pass batches"
+      )
+    return self.fn(model, params, specs, tuple(batches), paths, options)
+
+  def shapes(
+    self,
+    model: Any,
+    params: Mapping[str, Any],
+    specs: Mapping[str, Any],
+    *,
+    where: Any = None,
+    options: Any = None,
+  ) -> tuple[Any, dict[str, Any]]:
+    """What `__call__` would return, of ShapeDtypeStructs; nothing is computed."""
+    options, paths = self._parse(specs, where, options)
+    if self.outcome is None:
+      return model, dict(params)
+    return self.outcome(model, params, specs, paths, options)
+
+  def _parse(
+    self, specs: Mapping[str, Any], where: Any, options: Any
+  ) -> tuple[Any, frozenset[str]]:
+    if not isinstance(options, self.options_cls):
+      options = self.options(options)
+    where = select_lib.parse(where, self.default_where)
+    return options, select_lib.select(specs, where)

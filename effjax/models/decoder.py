@@ -164,10 +164,19 @@ class Decoder(nn.Module):
   def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> Any:
     cfg = self.config
     cls = stack.rematerialized(Layer, cfg.remat, cfg.resolved_runs is not None)
+    return stack.shared(self._layer(cls, layer, name), cfg.share)
+
+  @nn.nowrap
+  def _layer(self, cls: type[nn.Module], layer: Any, name: str | None) -> nn.Module:
+    cfg = self.config
     # GPT-2's scaling: residual branches start smaller the deeper the model is.
     out_scale = (2 * cfg.num_layers) ** -0.5
-    module = cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, cfg.norm, name=name)
-    return stack.shared(module, cfg.share)
+    return cls(layer, cfg.embed_dim, cfg.norm_eps, out_scale, cfg.norm, name=name)
+
+  @nn.nowrap
+  def layer(self, index: int) -> nn.Module:
+    """Layer number `index` alone; layers that are built equal compare equal."""
+    return self._layer(Layer, self.config.layers[index], None)
 
   def _position_embedding(self, positions_BL: jax.Array) -> jax.Array:
     """The learned embedding `[B, L, D]` of absolute positions."""

@@ -225,12 +225,21 @@ class Encoder(nn.Module):
   def _make_layer(self, layer: config_lib.LayerConfig, name: str) -> Any:
     cfg = self.config
     cls = stack.rematerialized(EncoderLayer, cfg.remat, cfg.resolved_runs is not None)
+    return stack.shared(self._layer(cls, layer, name), cfg.share)
+
+  @nn.nowrap
+  def _layer(self, cls: type[nn.Module], layer: Any, name: str | None) -> nn.Module:
+    cfg = self.config
     pre_norm = cfg.norm == "pre"
     # A post-norm rescales the stream after each branch; only a sum that grows with the
     # depth needs branches that start small (GPT-2's factor).
     out_scale = (2 * cfg.num_layers) ** -0.5 if pre_norm else 1.0
-    module = cls(layer, cfg.embed_dim, cfg.norm_eps, pre_norm, out_scale, name=name)
-    return stack.shared(module, cfg.share)
+    return cls(layer, cfg.embed_dim, cfg.norm_eps, pre_norm, out_scale, name=name)
+
+  @nn.nowrap
+  def layer(self, index: int) -> nn.Module:
+    """Layer number `index` alone; layers that are built equal compare equal."""
+    return self._layer(EncoderLayer, self.config.layers[index], None)
 
   def _token_logits(self, x_BLD: jax.Array, table: embed.Embed) -> jax.Array:
     """BERT's masked-language head over the tied embedding."""
@@ -256,9 +265,8 @@ class Encoder(nn.Module):
     axes = ("embed", "pooled")
     h_BP = self._project(x_BD, "pooler", cfg.embed_dim, axes, self._stream())
     axes = ("pooled", "classes")
-    logits_BC = self._project(
-      jnp.tanh(h_BP), "classifier", cfg.num_classes, axes, "pooler"
-    )
+    # Through tanh no scale can move from the pooler into the classifier.
+    logits_BC = self._project(jnp.tanh(h_BP), "classifier", cfg.num_classes, axes, "")
     return logits_BC.astype(jnp.float32)
 
   @nn.nowrap

@@ -6,8 +6,10 @@ what the last layer that lends has lent; a maker builds the one of a config,
 `make(layer_config, name=...)`, wherever it is called.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from effjax.core import layers as layers_lib
 
 # Collections a scanned layer may write or own; each gets a leading axis of layers.
 _STACKED = ("params", "losses", "metrics", "stats", "state")
+_instead: contextvars.ContextVar[Any] = contextvars.ContextVar("instead", default=None)
 
 
 class Body(nn.Module):
@@ -47,6 +50,22 @@ class Body(nn.Module):
     return (x_BLD, states, step + 1), None
 
 
+@contextlib.contextmanager
+def instead_of_layers(
+  fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> Iterator[None]:
+  """While open, a model has `x_BLD = fn(x_BLD, positions, segments)` for its layers.
+
+  So what comes before the layers, and what comes after them, can be had alone; the
+  parameters of the layers may be missing.
+  """
+  token = _instead.set(fn)
+  try:
+    yield
+  finally:
+    _instead.reset(token)
+
+
 def apply(
   configs: Sequence[Any],
   runs: Sequence[layers_lib.Run] | None,
@@ -70,6 +89,9 @@ def apply(
   Returns:
     Activations, and the new state (None without one).
   """
+  instead = _instead.get()
+  if instead is not None:
+    return instead(x_BLD, positions, segments), None
   new_state = None if state is None else {}
   if runs is None:
     keys = None

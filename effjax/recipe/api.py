@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from effjax.compress import api as compress
 from effjax.compress import registry as transforms
 from effjax.core import config as core_config
-from effjax.core import errors
+from effjax.core import errors, technique
+from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
 from effjax.infer import embed as embed_lib
@@ -135,14 +137,63 @@ def transform(
   Raises:
     InputError: unknown transform, bad options, an empty selection, or missing stats.
   """
-  technique = transforms.find(name)
-  if technique.needs_stats and stats is None:
+  change = transforms.find(name)
+  if isinstance(change, technique.ModelTransform):
+    raise errors.InputError(
+      f"{name} works on a model, not on a tree alone: call "
+      f"effjax.transform_model({name!r}, model, params, batches)"
+    )
+  options = change.options(options) if isinstance(options, Mapping) else options
+  options = options or change.options(None)
+  collect = change.collected(options)
+  if collect and stats is None:
     raise errors.InputError(
       f"{name} needs statistics: pass stats=effjax.calibrate(model, params, batches, "
-      f"collect={technique.collect})"
+      f"collect={collect})"
     )
   params = linen.matrices(params, specs)
-  return technique(params, specs, stats, where=where, options=options)
+  return change(params, specs, stats, where=where, options=options)
+
+
+def transform_model(
+  name: str,
+  model: Any,
+  params: Mapping[str, Any],
+  batches: Sequence[Mapping[str, Any]] = (),
+  *,
+  where: Any = None,
+  options: Any = None,
+  order: str = "one_shot",
+) -> tuple[Any, dict[str, Any]]:
+  """Applies any transform of `effjax list transforms` to a model and its parameters.
+
+  Args:
+    name: registry key, such as "gptq" or "awq".
+    model: a decoder or an encoder, as a loaded stage has it.
+    params: its parameters, not changed.
+    batches: what the technique runs the model on, where it does: dicts of arrays, all
+      of one shape, such as `next(run.data().train_iterator())`.
+    where: which parameters, such as {"path": "mlp"}; None for the default.
+    options: fields of the transform's options.
+    order: how statistics are gathered: "one_shot", "sequential" (layer by layer) or
+      "true_sequential" (also within a layer).
+
+  Returns:
+    The model, whose config a transform may change, and the new parameters.
+
+  Raises:
+    InputError: unknown transform, bad options, an empty selection, missing batches.
+  """
+  return compress.transform(
+    transforms.find(name),
+    model,
+    params,
+    specs_lib.specs(model),
+    batches,
+    where=where,
+    options=options,
+    order=order,
+  )
 
 
 def sizes(params: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from effjax.compress import api as compress
 from effjax.compress import registry as transforms
 from effjax.core import config as config_lib
 from effjax.core import errors
@@ -44,6 +45,7 @@ class StageConfig:
     where: which parameters (see core.select); None for the technique's default, which
       for "train" is all of them.
     options: fields of the technique's options; missing ones get their defaults.
+    calibration: the text that a transform runs the model on, where it needs any.
   """
 
   name: str
@@ -51,6 +53,7 @@ class StageConfig:
   after: str | None = None
   where: dict[str, Any] | None = None
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  calibration: compress.CalibrationConfig = compress.CalibrationConfig()
 
   def __post_init__(self):
     config_lib.require(
@@ -111,6 +114,7 @@ class Config:
     config_lib.require(self.seed >= 0, f"seed={self.seed} must not be negative")
     config_lib.require(bool(self.stages), "stages must hold at least one stage")
     self._check_tree()
+    self._check_teachers()
     self._resolve_import()
     self._check_lengths()
     config_lib.require(
@@ -194,6 +198,22 @@ class Config:
         kind = f"stage in config.stages[{i}].after"
         raise errors.unknown(kind, stage.after, (*earlier, INIT))
       earlier.append(stage.name)
+
+  def _check_teachers(self) -> None:
+    for i, stage in enumerate(self.stages):
+      name = stage.options["teacher"] if stage.technique == TRAIN else None
+      earlier = [other.name for other in self.stages[:i]]
+      config_lib.require(
+        name is None or name in earlier,
+        f"config.stages[{i}] ({stage.name}): teacher={name!r} is not an earlier stage; "
+        f"those before it are: {', '.join(earlier) or 'none'}",
+      )
+
+  def teacher(self, index: int) -> int | None:
+    """Number of the stage that teaches stage `index`, None where none does."""
+    stage = self.stages[index]
+    name = stage.options["teacher"] if stage.technique == TRAIN else None
+    return None if name is None else [s.name for s in self.stages].index(name)
 
   def _check_lengths(self) -> None:
     max_len = self.model.max_len

@@ -121,9 +121,10 @@ def _numbers(sets: list[int], share: int) -> str:
 
 def _stage(plan: plan_lib.Plan, index: int, num_params: int) -> dict[str, Any]:
   stage, parent = plan.config.stages[index], plan.config.parent(index)
-  tree = plan.shapes[index]
+  made = plan.outcomes[index]
+  tree = made.params
   held, on_device = 0, 0
-  shardings = jax.tree.leaves(plan.shardings(tree))
+  shardings = jax.tree.leaves(plan.shardings(tree, made.specs))
   for array, sharding in zip(jax.tree.leaves(tree), shardings, strict=True):
     shard = sharding.shard_shape(array.shape)
     held += array.size * array.dtype.itemsize

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from effjax.compress import calibrate
+from effjax.compress import api as compress
 from effjax.compress import registry as transforms
 from effjax.core import errors
 from effjax.core import select as select_lib
@@ -31,6 +31,21 @@ from effjax.train import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+  """What a stage will make.
+
+  Attributes:
+    model: the model; the plan's own unless the stage changes it.
+    specs: tree of the ParamSpecs of its parameters.
+    params: its parameters, of ShapeDtypeStructs.
+  """
+
+  model: Any
+  specs: Mapping[str, Any]
+  params: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
   """What a run will do.
 
@@ -40,7 +55,7 @@ class Plan:
     specs: tree of the ParamSpecs of its parameters.
     fresh: the freshly initialized tree, of ShapeDtypeStructs.
     mesh: the devices.
-    shapes: for each stage, the tree it makes, of ShapeDtypeStructs.
+    outcomes: for each stage, what it makes.
   """
 
   config: config_lib.Config
@@ -48,17 +63,25 @@ class Plan:
   specs: Mapping[str, Any]
   fresh: Mapping[str, Any]
   mesh: Mesh
-  shapes: tuple[Mapping[str, Any], ...]
+  outcomes: tuple[Outcome, ...]
 
   @property
   def num_params(self) -> int:
     """Logical parameters of the model before any compression."""
     return sum(spec.size for spec in tree_lib.flatten(self.specs).values())
 
-  def shardings(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """NamedShardings of a parameter tree of this run, for any leaf kinds."""
+  def shardings(
+    self, tree: Mapping[str, Any], specs: Mapping[str, Any] | None = None
+  ) -> dict[str, Any]:
+    """NamedShardings of a parameter tree of this run, for any leaf kinds.
+
+    Args:
+      tree: the parameters, or their shapes.
+      specs: their ParamSpecs; None for those of the plan's own model.
+    """
     table = rules.PRESETS[self.config.mesh.preset].params
-    return sharding.tree_shardings(self.mesh, table, self.specs, tree)
+    specs = self.specs if specs is None else specs
+    return sharding.tree_shardings(self.mesh, table, specs, tree)
 
 
 def make(config: config_lib.Config) -> Plan:
@@ -74,17 +97,20 @@ def make(config: config_lib.Config) -> Plan:
   specs = specs_lib.specs(model)
   fresh = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
   plan = Plan(
-    config=config, model=model, specs=specs, fresh=fresh, mesh=mesh, shapes=()
+    config=config, model=model, specs=specs, fresh=fresh, mesh=mesh, outcomes=()
   )
-  shapes: list[Any] = []
+  first = Outcome(model=model, specs=specs, params=fresh)
+  outcomes: list[Outcome] = []
   for i, stage in enumerate(config.stages):
     parent = config.parent(i)
-    start = plan.fresh if parent is None else shapes[parent]
+    start = first if parent is None else outcomes[parent]
     with _naming(i, stage.name):
+      if (teacher := config.teacher(i)) is not None:
+        _check_teacher(outcomes[teacher].model, start.model)
       made = _outcome(plan, stage, start)
-      plan.shardings(made)
-    shapes.append(made)
-  return dataclasses.replace(plan, shapes=tuple(shapes))
+      plan.shardings(made.params, made.specs)
+    outcomes.append(made)
+  return dataclasses.replace(plan, outcomes=tuple(outcomes))
 
 
 def _check_measures(config: config_lib.Config) -> None:
@@ -110,30 +136,40 @@ def _check_measures(config: config_lib.Config) -> None:
     )
 
 
-def _outcome(
-  plan: Plan, stage: config_lib.StageConfig, start: Mapping[str, Any]
-) -> Mapping[str, Any]:
-  """The shapes a stage makes of the shapes it starts from."""
-  where, specs = stage.build_where(), plan.specs
+def _check_teacher(teacher: Any, student: Any) -> None:
+  """Raises InputError if one's logits mean nothing to the other."""
+  sizes = [model.config.vocab_size for model in (teacher, student)]
+  if sizes[0] != sizes[1]:
+    raise errors.InputError(
+      f"the teacher has a vocabulary of {sizes[0]}, the student of {sizes[1]}: choose "
+      "a teacher with the same"
+    )
+
+
+def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outcome:
+  """What a stage makes of what it starts from."""
+  where = stage.build_where()
   if stage.technique == config_lib.IMPORT:
-    return plan.config.source.abstract(stage.build_options().kept_dtype)
+    kept = plan.config.source.abstract(stage.build_options().kept_dtype)
+    return dataclasses.replace(start, params=kept)
   if stage.technique == config_lib.TRAIN:
-    paths = select_lib.select(specs, where)
-    plain = jax.eval_shape(lambda params: masks.take_out(params, paths)[0], start)
+    paths = select_lib.select(start.specs, where)
+    plain = jax.eval_shape(
+      lambda params: masks.take_out(params, paths)[0], start.params
+    )
     state_lib.split(plain, paths)
     return start
-  technique = transforms.find(stage.technique)
-  options = stage.build_options()
-  stats = None
-  if technique.needs_stats:
-    stats = calibrate.abstract(
-      plan.model, start, collect=technique.collect, where=where
-    )
-  return jax.eval_shape(
-    lambda params, stats: technique(params, specs, stats, where=where, options=options),
-    start,
-    stats,
+  model, params = compress.shapes(
+    transforms.find(stage.technique),
+    start.model,
+    start.params,
+    start.specs,
+    where=where,
+    options=stage.build_options(),
+    order=stage.calibration.order,
   )
+  specs = compress.specs_of(start.model, model, start.specs)
+  return Outcome(model=model, specs=specs, params=params)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The stage "train": a first training, or a fine-tuning of what an earlier stage made.
 
 Pruned weights stay pruned: the loop trains them as plain arrays with exact zeros and
-hands on masked leaves again. The model keeps the precision it was trained with: it is
+hands on masked leaves again. A teacher is read from the folder of its stage, and is
+neither changed nor handed on. The model keeps the precision it was trained with: it is
 scored and timed in it, by later stages too.
 """
 
@@ -16,7 +17,8 @@ from effjax.measure import flops, quality
 from effjax.recipe import profiling
 from effjax.recipe import session as session_lib
 from effjax.train import config as train_config
-from effjax.train import device, loop
+from effjax.train import device, loop, stages
+from effjax.train.losses import base
 
 # A training step costs a forward pass and, for gradients, about two more.
 _PASSES = 3
@@ -46,6 +48,7 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   if session.profile:
     batches = profiling.Profiled(batches, session.root / "profile" / stage.name)
   key = jax.random.key(config.seed + options.seed_offset)
+  teacher = _teacher(session, index)
   trained = loop.train(
     model,
     params,
@@ -59,7 +62,10 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
     evaluate=_evaluator(session, model, options),
     workdir=session.root,
     stage=stage.name,
-    flops_per_token=_flops_per_token(model, params, data.config.sequence_length),
+    flops_per_token=_flops_per_token(
+      model, params, teacher, data.config.sequence_length
+    ),
+    teacher=teacher,
   )
   batches.close()
   return session_lib.Made(
@@ -67,13 +73,26 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   )
 
 
+def _teacher(session: session_lib.Session, index: int) -> base.Teacher | None:
+  """What stage `index` learns from, each array where it belongs on the mesh."""
+  number = session.config.teacher(index)
+  if number is None:
+    return None
+  mesh, preset = session.plan.mesh, session.config.mesh.preset
+  loaded = stages.load_stage(session.folder(number), mesh, preset)
+  return base.Teacher(loaded.model, loaded.params)
+
+
 def _flops_per_token(
-  model: Any, params: Mapping[str, Any], length: int
+  model: Any, params: Mapping[str, Any], teacher: base.Teacher | None, length: int
 ) -> float | None:
   """Of a training step, where the device's peak is known; elsewhere nobody asks."""
   if device.peak_flops(jax.devices()[0].device_kind) is None:
     return None
-  return _PASSES * flops.per_token(model, params, length).executed
+  executed = _PASSES * flops.per_token(model, params, length).executed
+  if teacher is not None:
+    executed += flops.per_token(teacher.model, teacher.params, length).executed
+  return executed
 
 
 def _evaluator(

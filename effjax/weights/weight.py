@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from effjax.core import errors, specs
+from effjax.ops.matmul import histogram
 
-COLLECTED = ("moments", "hessian")
+COLLECTED = ("moments", "magnitudes", "histogram", "hessian")
 _token_weights: contextvars.ContextVar[Any] = contextvars.ContextVar(
   "token_weights", default=None
 )
 _collecting: contextvars.ContextVar[Any] = contextvars.ContextVar(
-  "collecting", default=(("moments",), None)
+  "collecting", default=(("moments",), None, None)
 )
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -101,15 +102,18 @@ def token_weights(weights_BL: jax.Array | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collecting(
-  collect: Sequence[str], paths: Collection[str] | None = None
+  collect: Sequence[str],
+  paths: Collection[str] | None = None,
+  uses: list[tuple[str, Any]] | None = None,
 ) -> Iterator[None]:
   """While open, says what a calibration gathers, and of which weights.
 
   Args:
     collect: of COLLECTED; the moments are always there.
     paths: of the weights; None for all.
+    uses: gets the path and the input of every use of these weights, in their order.
   """
-  token = _collecting.set((tuple(collect), paths))
+  token = _collecting.set((tuple(collect), paths, uses))
   try:
     yield
   finally:
@@ -126,11 +130,15 @@ def _observe(
   """Adds a batch to the calibration statistics of the weight's inputs.
 
   Kept in float32, of experts for each: `square_sum` and `absmax` per input channel,
-  `count` of rows, and where it is collected `hessian`, the sum of `x x^T`.
+  `count` of rows, and where they are collected `abs_sum` per input channel,
+  `histogram` of all |x| (ops.matmul.histogram) and `hessian`, the sum of `x x^T`.
   """
-  collect, paths = _collecting.get()
-  if paths is not None and "/".join((*module.path, name)) not in paths:
+  collect, paths, uses = _collecting.get()
+  path = "/".join((*module.path, name))
+  if paths is not None and path not in paths:
     return
+  if uses is not None:
+    uses.append((path, x))
   weights_BL = _token_weights.get()
   weights = jnp.ones(x.shape[:-1]) if weights_BL is None else weights_BL
   if num_experts is None:
@@ -164,6 +172,10 @@ def _sums(
     "absmax": jnp.max(jnp.abs(rows_TD), axis=0, initial=0.0),
     "count": jnp.sum(weights_T),
   }
+  if "magnitudes" in collect:
+    sums["abs_sum"] = jnp.sum(jnp.abs(weighted_TD), axis=0)
+  if "histogram" in collect:
+    sums["histogram"] = histogram.counts(rows_TD, weights_T)
   if "hessian" in collect:
     sums["hessian"] = jnp.matmul(
       weighted_TD.T, rows_TD, precision=jax.lax.Precision.HIGHEST

@@ -48,8 +48,8 @@ def test_shapes_are_those_of_the_real_thing():
   params = model.init(jax.random.key(0), *model.example_inputs())["params"]
   assert plan.num_params == sum(a.size for a in jax.tree.leaves(params))
   shapes = lambda t: jax.tree.map(lambda a: (a.shape, a.dtype.name), t)
-  assert shapes(plan.shapes[0]) == shapes(params)
-  leaf = tree.flatten(plan.shapes[2])["run_0/layer_0/mlp/up"]
+  assert shapes(plan.outcomes[0].params) == shapes(params)
+  leaf = tree.flatten(plan.outcomes[2].params)["run_0/layer_0/mlp/up"]
   assert isinstance(leaf, masked.Masked)
   assert isinstance(leaf.values, quantized.Quantized)
   # Two codes a byte along the contracted axis, one scale for 16 inputs.
@@ -61,7 +61,7 @@ def test_shapes_are_those_of_the_real_thing():
 def test_a_stage_with_statistics_is_played_through():
   stages = (_TRAIN, {"name": "g", "technique": "gptq", "options": {"group": 16}})
   plan = plan_lib.make(_config(stages))
-  leaf = tree.flatten(plan.shapes[1])["run_0/layer_0/mlp/up"]
+  leaf = tree.flatten(plan.outcomes[1].params)["run_0/layer_0/mlp/up"]
   assert isinstance(leaf, quantized.Quantized)
   assert leaf.scale.shape == (2, 2, leaf.shape[-1])
 
@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_named_with_its_stage(stage, message):
 def test_stages_are_laid_out_on_the_mesh():
   stages = (_TRAIN, {"name": "int8", "technique": "rtn"})
   plan = plan_lib.make(_config(stages, {"preset": "fsdp", "num_devices": 4}))
-  codes = tree.flatten(plan.shardings(plan.shapes[1]))["run_0/layer_0/mlp/up"].codes
+  placed = tree.flatten(plan.shardings(plan.outcomes[1].params))
+  codes = placed["run_0/layer_0/mlp/up"].codes
   assert "fsdp" in codes.spec
   assert dataclasses.asdict(plan.config)["mesh"]["preset"] == "fsdp"

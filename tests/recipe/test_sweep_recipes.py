@@ -27,7 +27,7 @@ def test_parameters_are_those_of_the_docstring(arg, millions):
   plan = plan_lib.make(config_lib.load(f"{PATH}:{arg}"))
   sizes = {
     path: sum(a.size for a in jax.tree.leaves(leaf))
-    for path, leaf in tree_lib.flatten(plan.shapes[-1]).items()
+    for path, leaf in tree_lib.flatten(plan.outcomes[-1].params).items()
   }
   total, model = sum(sizes.values()), plan.model.config
   active = 0
