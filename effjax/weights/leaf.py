@@ -32,6 +32,8 @@ class Leaf:
   data_fields: ClassVar[tuple[str, ...]]
   static_fields: ClassVar[tuple[str, ...]]
   trainable_fields: ClassVar[tuple[str, ...]] = ()
+  # Of these, what weight decay and updates made for matrices leave alone.
+  grid_fields: ClassVar[tuple[str, ...]] = ()
   # What a table must mark as not really saved: any of "bytes", "flops".
   simulated: ClassVar[tuple[str, ...]] = ()
 

@@ -30,6 +30,10 @@ CONFIGS = {
   "mamba2": ({"pattern": ("mamba2", "attention")}, ["b", MAX_LEN]),
   "moe": ({"mlp": "moe"}, [1, MAX_LEN]),
   "eight": ({}, ["b", 8]),
+  "kv_cache": (
+    {"mixer_options": {"attention": _HEADS | {"kv_cache": "int4"}}},
+    ["b", "l"],
+  ),
   "int4": ({}, ["b", "l"]),
   "int8": ({}, ["b", "l"]),
   "int3": ({}, ["b", "l"]),

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.compress.quantize import _activation_scales
 from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import low_rank, masked
+from effjax.weights.formats import base
+from effjax.weights.leaves import low_rank, masked, rotated
 
 _KINDS = ("matrix", "embedding")
 # `one(path, w)`: the leaf of a matrix [*stack, in, out], or of an embedding turned so.
@@ -23,11 +25,14 @@ def replace(
   paths: Collection[str],
   name: str,
   one: One,
+  options: base.FormatOptions | None = None,
+  stats: Any = None,
 ) -> dict[str, Any]:
   """The tree with leaves in place of the selected parameters.
 
   A `Masked` parameter stays masked: its values are quantized, and a zero that the
-  format has stays one. Of a `LowRank` one each factor is quantized.
+  format has stays one. So does a `Rotated` one stay rotated. Of a `LowRank` one each
+  factor is quantized.
 
   Args:
     params, specs: the tree.
@@ -35,16 +40,26 @@ def replace(
     name: of the transform, for messages.
     one: makes the leaf: `one(path, w, axis)`, w always `[*stack, in, out]`; with axis
       -1 it is an embedding transposed, and the leaf must hold it `[V, D]`.
+    options: of the format, where the leaves are made for their own activations; they
+      get static scales from `stats`, if the options say so.
+    stats: statistics of calibration.
 
   Raises:
-    InputError: a parameter of another kind, one that is quantized already, or what
-      `one` says of it, with its path.
+    InputError: a parameter of another kind, one that is quantized already or is not
+      finite, or what `one` says of it, with its path.
   """
+  found = tree_lib.flatten(stats or {})
+  finite: dict[str, jax.Array] = {}
 
-  def leaf_of(path: str, w: jax.Array, spec: Any) -> Any:
+  def leaf_of(path: str, w: jax.Array, spec: Any, whole: bool = True) -> Any:
     axis = -1 if spec.kind == "embedding" else -2
+    finite[path] = jnp.all(jnp.isfinite(w))
     try:
-      return one(path, w if axis == -2 else jnp.swapaxes(w, -1, -2), axis)
+      leaf = one(path, w if axis == -2 else jnp.swapaxes(w, -1, -2), axis)
+      if options is None:
+        return leaf
+      known = spec if whole else None
+      return _activation_scales.attach(leaf, found.get(path), path, known, options)
     except errors.InputError as error:
       raise errors.InputError(f"{path}: {error}") from None
 
@@ -57,13 +72,21 @@ def replace(
         + ", ".join(_KINDS)
       )
     if isinstance(leaf, masked.Masked) and not leaf_lib.is_leaf_kind(leaf.values):
+      if options is not None and options.activations not in (None, "none"):
+        raise errors.InputError(
+          f"{path} is masked, which multiplies a dense weight; quantize it with "
+          "activations='none'"
+        )
       values = leaf_of(path, leaf.dense(), spec)
       return dataclasses.replace(leaf, values=values)
+    if isinstance(leaf, rotated.Rotated) and not leaf_lib.is_leaf_kind(leaf.values):
+      _refuse_static_scales(path, options)
+      return dataclasses.replace(leaf, values=leaf_of(path, leaf.values, spec))
     if isinstance(leaf, low_rank.LowRank) and not any(
       map(leaf_lib.is_leaf_kind, (leaf.left, leaf.right))
     ):
       left, right = (
-        leaf_of(f"{path}.{part}", getattr(leaf, part), spec)
+        leaf_of(f"{path}.{part}", getattr(leaf, part), spec, whole=False)
         for part in ("left", "right")
       )
       return low_rank.LowRank.create(left, right)
@@ -73,4 +96,28 @@ def replace(
       )
     return leaf_of(path, leaf, spec)
 
-  return tree_lib.map_leaves(change, params, specs)
+  made = tree_lib.map_leaves(change, params, specs)
+  _require_finite(finite)
+  return made
+
+
+def _require_finite(finite: Mapping[str, jax.Array]) -> None:
+  """Raises InputError for the first parameter with a NaN or an infinity."""
+  # A plan traces this on shapes, of whose values there is nothing to say.
+  if any(isinstance(flag, jax.core.Tracer) for flag in finite.values()):
+    return
+  bad = [path for path, flag in jax.device_get(dict(finite)).items() if not flag]
+  if bad:
+    raise errors.InputError(
+      f"{bad[0]} holds infinities or NaNs, which no grid has (of {len(bad)} of "
+      f"{len(finite)} parameters); the model is damaged, or its training diverged"
+    )
+
+
+def _refuse_static_scales(path: str, options: base.FormatOptions | None) -> None:
+  """Raises InputError if the inputs of a rotated matrix were to get static scales."""
+  if options is not None and options.static_activations:
+    raise errors.InputError(
+      f"{path} is rotated, and so are its inputs while running, of which calibration "
+      "knows no scale; use activation_scale='dynamic'"
+    )

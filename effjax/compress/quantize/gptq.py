@@ -31,7 +31,7 @@ from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import column_sweep
 from effjax.weights.formats import base
-from effjax.weights.leaves import masked
+from effjax.weights.leaves import masked, rotated
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +90,15 @@ def quantize(
 ) -> dict[str, Any]:
   """Replaces the selected parameters by leaves of the format, one at a time.
 
-  A `Masked` parameter stays masked, and the rest makes up for its zeros too.
+  A `Masked` parameter stays masked, and the rest makes up for its zeros too. For a
+  `Rotated` one the inputs are rotated, as its values are.
 
   Raises:
     InputError: a parameter is low-rank, no matrix, quantized already, or has no Hessian
-      that can be used.
+      that can be used, or one of fewer tokens than it has inputs.
   """
   before, found = tree_lib.flatten(params), tree_lib.flatten(stats or {})
+  _require_tokens({path: found[path] for path in paths if path in found})
   reports: dict[str, Report] = {}
 
   def one(path: str, w: jax.Array, axis: int) -> Any:
@@ -110,12 +112,15 @@ def quantize(
     if mask is not None and axis == -1:
       mask = jnp.swapaxes(mask, -1, -2)
     of_inputs = _usable(found.get(path), w)
+    hessian = of_inputs.hessian
+    if isinstance(old, rotated.Rotated):
+      hessian = old.rotate_hessian(hessian)
     leaf, reports[path] = _quantize_array(
-      w, mask, of_inputs.hessian, of_inputs.count > 0, axis, options
+      w, mask, hessian, of_inputs.count > 0, axis, options
     )
     return leaf
 
-  made = _matrices.replace(params, specs, paths, "gptq", one)
+  made = _matrices.replace(params, specs, paths, "gptq", one, options, stats)
   # A plan traces this on shapes, of whose values there is nothing to say.
   if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(reports)):
     _check_and_tell(jax.device_get(reports), options)
@@ -142,6 +147,24 @@ def _usable(stats: Any, w: jax.Array) -> calibrate.InputStats:
     "statistics are of another model",
   )
   return stats
+
+
+def _require_tokens(found: Mapping[str, calibrate.InputStats]) -> None:
+  """Raises InputError unless Hessians can have full rank; of experts the fullest one.
+
+  With fewer tokens than inputs there are directions that nothing was seen of, in which
+  only the damping keeps the weights from going anywhere.
+  """
+  counts = {path: stats.count for path, stats in found.items()}
+  if any(isinstance(count, jax.core.Tracer) for count in counts.values()):
+    return
+  for path, count in jax.device_get(counts).items():
+    tokens, inputs = int(np.max(count)), found[path].square_sum.shape[-1]
+    config.require(
+      tokens == 0 or tokens >= inputs,
+      f"{path}: calibration gave it {tokens} tokens, fewer than its {inputs} inputs; "
+      "calibrate on more text (num_tokens)",
+    )
 
 
 def _check_and_tell(reports: Mapping[str, Report], options: GPTQOptions) -> None:

@@ -52,9 +52,8 @@ def quantize(
   A `Masked` parameter stays masked: its values are quantized, and a symmetric grid has
   an exact zero. Of a `LowRank` one each factor is quantized.
   """
-  del stats
   one = lambda path, w, axis: _quantize_array(w, axis, options)
-  return _matrices.replace(params, specs, paths, "rtn", one)
+  return _matrices.replace(params, specs, paths, "rtn", one, options, stats)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "options"))

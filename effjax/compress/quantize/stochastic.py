@@ -42,14 +42,13 @@ def quantize(
   options: StochasticOptions,
 ) -> dict[str, Any]:
   """Replaces the selected parameters by leaves of the format, one at a time."""
-  del stats
 
   def one(path: str, w: jax.Array, axis: int) -> Any:
     stream = zlib.crc32(path.encode())  # The same whatever else is selected.
     key = jax.random.fold_in(jax.random.key(options.seed), stream)
     return _quantize_array(w, key, axis, options)
 
-  return _matrices.replace(params, specs, paths, "stochastic", one)
+  return _matrices.replace(params, specs, paths, "stochastic", one, options, stats)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "options"))

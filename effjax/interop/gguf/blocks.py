@@ -22,14 +22,14 @@ class Fields:
   """A tensor unpacked, elements in order along the last axis of n.
 
   Attributes:
-    codes: [..., n]; int8 with the offset taken off (Q4_0, Q5_0, Q8_0, Q6_K), uint8
-      (Q4_1, Q5_1, Q4_K, Q5_K), the floats themselves (F32, F16) or bits in uint16
-      (BF16).
+    codes: [..., n]; int8 with the offset taken off (Q4_0, Q5_0, Q8_0, Q3_K, Q6_K),
+      uint8 (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K), the floats themselves (F32, F16) or bits in
+      uint16 (BF16).
     scales: float16 [..., n / block_size]; None for floats.
     mins: float16 [..., n / block_size], or None.
-    sub_scales: [..., n / sub_block], uint8 below 64 (Q4_K, Q5_K) or int8 (Q6_K), else
-      None.
-    sub_mins: uint8 below 64 [..., n / sub_block] (Q4_K, Q5_K), else None.
+    sub_scales: [..., n / sub_block], uint8 (Q2_K, Q4_K, Q5_K) or int8 (Q3_K, Q6_K) in
+      the format's `sub_range`, else None.
+    sub_mins: uint8 [..., n / sub_block] (Q2_K, Q4_K, Q5_K), else None.
   """
 
   codes: np.ndarray
@@ -145,7 +145,10 @@ def _unpack(part: Part, held: np.ndarray) -> dict[str, np.ndarray]:
   if part.field in ("scales", "mins"):
     return {part.field: held.view(np.float16)}
   if part.field == "sub_scales":
-    return {"sub_scales": held.view(np.int8)}
+    sub = held if part.bits == 8 else _sixes(held)
+    return {"sub_scales": sub.view(np.int8)}
+  if part.field == "sub_pairs" and part.bits == 4:
+    return {"sub_scales": held & 0x0F, "sub_mins": held >> 4}
   if part.field == "sub_pairs":
     # Bytes 0-3 and 4-7: scales and mins of the first four sub-blocks, and above them
     # the two high bits of the last four, whose low bits share bytes 8-11.
@@ -168,12 +171,16 @@ def _unpack(part: Part, held: np.ndarray) -> dict[str, np.ndarray]:
 
 def _pack(part: Part, unpacked: dict[str, np.ndarray]) -> np.ndarray:
   """The inverse of `_unpack`: uint8 [blocks, bytes]."""
+  if part.field == "sub_pairs" and part.bits == 4:
+    return unpacked["sub_scales"] | unpacked["sub_mins"] << 4
   if part.field == "sub_pairs":
     scale, low = unpacked["sub_scales"], unpacked["sub_mins"]
     first = [x[:, :4] | (x[:, 4:] >> 4 << 6) for x in (scale, low)]
     shared = (scale[:, 4:] & 0x0F) | ((low[:, 4:] & 0x0F) << 4)
     return np.concatenate([*first, shared], -1)
   held = unpacked[part.field]
+  if part.field == "sub_scales" and part.bits == 6:
+    return _from_sixes(held.view(np.uint8))
   if part.field != "codes" or part.bits == 8:
     return held.view(np.uint8)
   bits = (held >> np.uint8(part.shift)) & np.uint8(2**part.bits - 1)
@@ -181,6 +188,26 @@ def _pack(part: Part, unpacked: dict[str, np.ndarray]) -> np.ndarray:
   groups = part.num_bytes // part.run
   bits = bits.reshape(len(held), groups, len(places), part.run) << places
   return np.bitwise_or.reduce(bits, axis=2).reshape(len(held), part.num_bytes)
+
+
+def _sixes(held: np.ndarray) -> np.ndarray:
+  """The 16 sub-scales of Q3_K: bytes as int8 has them, from 12 bytes.
+
+  Bytes 0-7 hold the low halves of the first eight and above them of the last eight,
+  bytes 8-11 the two high bits of every fourth; 32 is stored for 0.
+  """
+  low = np.concatenate([held[:, :8] & 0x0F, held[:, :8] >> 4], -1)
+  high = [held[:, 8:] >> np.uint8(2 * i) & 0x03 for i in range(4)]
+  return (low | np.concatenate(high, -1) << 4) - np.uint8(32)
+
+
+def _from_sixes(sub: np.ndarray) -> np.ndarray:
+  """The inverse of `_sixes`."""
+  sub = sub + np.uint8(32)
+  low, high = sub & 0x0F, (sub >> 4).reshape(len(sub), 4, 4)
+  places = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+  high = np.bitwise_or.reduce(high << places, axis=1)
+  return np.concatenate([low[:, :8] | low[:, 8:] << 4, high], -1)
 
 
 def _per_block(format: Format) -> dict[str, int]:
@@ -202,7 +229,6 @@ def _check_fields(held: Fields, format: Format) -> None:
   *rows, size = held.codes.shape
   formats.row_bytes(format, size)
   num_blocks = size // format.block_size
-  sub_range = (-128, 127) if format.signed else (0, 63)
   per_block = _per_block(format)
   for field in (f.name for f in dataclasses.fields(Fields)):
     value = getattr(held, field)
@@ -213,7 +239,7 @@ def _check_fields(held: Fields, format: Format) -> None:
     if field in ("scales", "mins"):
       _check(value, field, name, np.float16, shape)
     else:
-      span = format.code_range if field == "codes" else sub_range
+      span = format.code_range if field == "codes" else format.sub_range
       _check(value, field, name, integer, shape, span)
 
 

@@ -25,12 +25,21 @@ TYPES = {
   "Q4_1": 3,
   "Q5_0": 8,
   "Q5_1": 9,
+  "Q2_K": 10,
+  "Q3_K": 11,
   "Q4_K": 14,
   "Q5_K": 16,
   "Q6_K": 18,
 }
-# What llama.cpp writes where a row is not whole blocks; F16 where it is not of these.
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+# What llama.cpp writes where a row is not whole blocks (for the first two IQ4_NL, which
+# has as many bits); F16 where it is not of these.
+_FALLBACK = {
+  "Q2_K": "Q4_0",
+  "Q3_K": "Q4_0",
+  "Q4_K": "Q5_0",
+  "Q5_K": "Q5_1",
+  "Q6_K": "Q8_0",
+}
 # Small or sensitive matrices that llama.cpp keeps, and in part needs, in float32.
 _KEPT = (
   "norm.weight",

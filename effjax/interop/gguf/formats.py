@@ -5,8 +5,8 @@ The value of an element is, in the fields' names,
 
     scales * codes                                  Q4_0, Q5_0, Q8_0
     scales * codes + mins                           Q4_1, Q5_1
-    scales * sub_scales * codes - mins * sub_mins   Q4_K, Q5_K
-    scales * sub_scales * codes                     Q6_K
+    scales * sub_scales * codes - mins * sub_mins   Q2_K, Q4_K, Q5_K
+    scales * sub_scales * codes                     Q3_K, Q6_K
 
 with one float16 scale (and min) a block, and in the K-quants one integer sub-scale
 (and sub-min) for every `sub_block` elements. Source: ggml-common.h of llama.cpp.
@@ -25,9 +25,9 @@ class Part:
 
   Attributes:
     field: "scales" or "mins" (one float16), "codes" (some bits of every code),
-      "sub_scales" (one int8 each) or "sub_pairs" (6-bit sub-scales and sub-mins).
+      "sub_scales" (signed) or "sub_pairs" (sub-scales and sub-mins).
     num_bytes: size in the block.
-    bits: of each code, for "codes".
+    bits: of each code, sub-scale or sub-min.
     run: how many bytes on the bits of one byte move before the next group of bytes
       starts: element `run * p + b` has place p of byte b.
     shift: where these bits stand in the code.
@@ -38,6 +38,9 @@ class Part:
   bits: int = 16
   run: int = 1
   shift: int = 0
+
+
+_SUBS = ("sub_scales", "sub_pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,17 @@ class Format:
   def has_mins(self) -> bool:
     return any(part.field == "mins" for part in self.parts)
 
+  @property
+  def sub_bits(self) -> int:
+    """Bits of a sub-scale; 0 without."""
+    return next((part.bits for part in self.parts if part.field in _SUBS), 0)
+
+  @property
+  def sub_range(self) -> tuple[int, int]:
+    """The least and the greatest sub-scale, and sub-min if there are some."""
+    size = 2**self.sub_bits
+    return (-(size // 2), size // 2 - 1) if self.signed else (0, size - 1)
+
 
 def _codes(num_bytes: int, bits: int, run: int, shift: int = 0) -> Part:
   return Part(field="codes", num_bytes=num_bytes, bits=bits, run=run, shift=shift)
@@ -114,10 +128,14 @@ def _quantized(name: str, number: int, parts: tuple[Part, ...], **more: int) -> 
 
 _SCALE = Part(field="scales")
 _MIN = Part(field="mins")
-_PAIRS = Part(field="sub_pairs", num_bytes=12)
-_SUB_SCALES = Part(field="sub_scales", num_bytes=16)
+_PAIRS = Part(field="sub_pairs", num_bytes=12, bits=6)
+_SMALL_PAIRS = Part(field="sub_pairs", num_bytes=16, bits=4)
+_SUB_SCALES = Part(field="sub_scales", num_bytes=16, bits=8)
+_SMALL_SUB_SCALES = Part(field="sub_scales", num_bytes=12, bits=6)
 _FOUR = _codes(16, 4, run=16)
 _FIFTH = _codes(4, 1, run=1, shift=4)
+_K_TWO = _codes(64, 2, run=32)
+_K_THIRD = _codes(32, 1, run=32, shift=2)
 _K_FOUR = _codes(128, 4, run=32)
 _K_FIFTH = _codes(32, 1, run=32, shift=4)
 _K_SIX = (_codes(128, 4, run=64), _codes(64, 2, run=32, shift=4))
@@ -131,6 +149,15 @@ _KNOWN = (
   _quantized("Q5_0", 6, (_SCALE, _FIFTH, _FOUR), signed=True, offset=16),
   _quantized("Q5_1", 7, (_SCALE, _MIN, _FIFTH, _FOUR)),
   _quantized("Q8_0", 8, (_SCALE, _codes(32, 8, run=32)), signed=True),
+  _quantized("Q2_K", 10, (_SMALL_PAIRS, _K_TWO, _SCALE, _MIN), sub_block=16),
+  _quantized(
+    "Q3_K",
+    11,
+    (_K_THIRD, _K_TWO, _SMALL_SUB_SCALES, _SCALE),
+    signed=True,
+    offset=4,
+    sub_block=16,
+  ),
   _quantized("Q4_K", 12, (_SCALE, _MIN, _PAIRS, _K_FOUR), sub_block=32),
   _quantized("Q5_K", 13, (_SCALE, _MIN, _PAIRS, _K_FIFTH, _K_FOUR), sub_block=32),
   _quantized(
@@ -140,8 +167,6 @@ _KNOWN = (
 # Types whose bytes are carried but not understood: number, block size, block bytes.
 _CARRIED = {
   "Q8_1": (9, 32, 40),
-  "Q2_K": (10, 256, 84),
-  "Q3_K": (11, 256, 110),
   "Q8_K": (15, 256, 292),
   "IQ2_XXS": (16, 256, 66),
   "IQ2_XS": (17, 256, 74),

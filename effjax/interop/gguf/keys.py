@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from effjax.core import errors, registry
-from effjax.interop import rules
+from effjax.interop import caches, rules
 from effjax.interop.fields import Fields
 from effjax.interop.gguf import names, rotary
 from effjax.interop.hf import architecture
@@ -150,6 +150,7 @@ def fitting(config: Any, name: str | None = None) -> architecture.Architecture:
     raise errors.InputError(
       f"a GGUF file is written of decoders here, not of an {type(config).__name__}"
     )
+  caches.require_float(config, "a GGUF file")
   tries = registry.names(ARCHITECTURES) if name is None else (name,)
   order = sorted(tries, key=lambda n: (n not in _FIRST, n))
   lost: dict[str, list[str]] = {}

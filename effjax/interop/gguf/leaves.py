@@ -6,6 +6,8 @@
 | Q4_0 Q5_0 | 4, 5 | 32    | float16                   |                              |
 | Q4_1 Q5_1 | 4, 5 | 32    | float16                   | float16                      |
 | Q4_K Q5_K | 4, 5 | 32    | 6 bits, float16 for 8     | 6 bits, float16 for 8        |
+| Q2_K      | 2    | 16    | 4 bits, float16 for 16    | 4 bits, float16 for 16       |
+| Q3_K      | 3    | 16    | 6 bits, float16 for 16    |                              |
 | Q6_K      | 6    | 16    | int8, float16 for 16      |                              |
 
 Codes are signed where there is no offset. A leaf takes exactly the bytes of the file.
@@ -157,8 +159,8 @@ def _kind_of(part: Any) -> tuple[int, bool, int] | None:
 def _structure(format: Format) -> _Structure:
   scales = _FLOAT16
   if format.sub_block:
-    bits = 6 if format.has_mins else 8
-    scales = (bits, format.signed, format.block_size // format.sub_block)
+    shared = format.block_size // format.sub_block
+    scales = (format.sub_bits, format.signed, shared)
   group = format.sub_block or format.block_size
   return _Structure(format.code_bits, group, format.has_mins, scales)
 

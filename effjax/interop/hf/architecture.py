@@ -11,7 +11,7 @@ from typing import Any
 
 from effjax.core import config as config_lib
 from effjax.core import errors, registry
-from effjax.interop import rules
+from effjax.interop import caches, rules
 from effjax.interop.fields import Fields
 from effjax.models import config as model_config
 from effjax.models import encoder_config
@@ -124,6 +124,7 @@ def fitting(config: Any, model_type: str | None = None) -> Architecture:
     InputError: the model has something that the architecture, or each of them, cannot
       express; the message names it.
   """
+  caches.require_float(config, "a Hugging Face folder")
   tried = names() if model_type is None else (model_type,)
   lost: dict[str, list[str]] = {}
   for name in sorted(tried, key=_preference):

@@ -86,6 +86,10 @@ def int4(leaf: Any, transpose: bool) -> Int4:
     InputError: MatMulNBits cannot hold it; says why.
   """
   _require_codes(leaf, 4, transpose)
+  if leaf.activations != "none":
+    raise errors.InputError(
+      f"its activations are {leaf.activations}, MatMulNBits takes floats"
+    )
   if leaf.offset is not None:
     raise errors.InputError("it has offsets, MatMulNBits has zero points only")
   size = leaf.size // leaf.num_groups
@@ -115,6 +119,11 @@ def int8(leaf: Any, transpose: bool) -> Int8:
     InputError: MatMulInteger cannot hold it; says why.
   """
   _require_codes(leaf, 8, transpose)
+  if leaf.activations == "int4" or leaf.x_scale is not None:
+    kind = leaf.activations if leaf.x_scale is None else "of a static scale"
+    raise errors.InputError(
+      f"its activations are {kind}, DynamicQuantizeLinear makes 8 bits of a dynamic one"
+    )
   if leaf.num_groups != 1 or not leaf.symmetric:
     raise errors.InputError(
       f"it has {leaf.num_groups} groups of inputs"

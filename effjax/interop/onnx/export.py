@@ -40,6 +40,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.core import errors
+from effjax.interop import caches
 from effjax.interop.hf import tokenizer_files
 from effjax.interop.onnx import decoder as decoder_graph
 from effjax.interop.onnx import files, parameters
@@ -102,6 +103,7 @@ def save(
     raise errors.InputError(
       f"an export to ONNX writes decoders, not a model of {model.__class__.__name__}"
     )
+  caches.require_float(model.config, "an ONNX file")
   decoder_graph.check(model.config)
   graph = graph_lib.Graph()
   held = parameters.Parameters(model, params)

@@ -1,8 +1,6 @@
-"""Products that execute int8 x int8 -> int32, with activations quantized on the fly.
+"""Products that execute int8 x int8 -> int32, and rows rounded to such codes.
 
-Dynamic symmetric quantization of each token, as in LLM.int8() (Dettmers et al. 2022,
-arXiv:2208.07339, eq. 2, without the outlier columns) and ZeroQuant (Yao et al. 2022,
-arXiv:2206.01861, section 4.1).
+How activations become codes and get gradients: `activations.py`.
 
 On one CPU device a weight held `out_first` is multiplied by a kernel compiled for the
 machine (`native.py`), elsewhere by XLA; the integers are the same. What decides the
@@ -34,27 +32,31 @@ from jax.interpreters import batching, mlir
 from effjax.core.config import require
 from effjax.ops.matmul import native
 
-CODE_MAX = 127  # -128 is not used: the grid is symmetric
-# The longest sum of products of two codes that int32 holds for certain.
-MAX_IN_DIM = (2**31 - 1) // CODE_MAX**2
+CODE_MAX = 127  # -128 is not used for activations: their grid is symmetric
+# The longest sum of products of two codes, -128 included, that int32 holds for certain.
+MAX_IN_DIM = (2**31 - 1) // 128**2
 
 
-def quantize_rows(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Each row on a symmetric int8 grid of its own.
+def quantize_rows(
+  x_TD: jax.Array, code_max: int = CODE_MAX
+) -> tuple[jax.Array, jax.Array]:
+  """Each row on a symmetric grid of its own.
 
   Args:
     x_TD: [..., D], floating.
+    code_max: the largest code, 127 at most.
 
   Returns:
-    codes int8 [..., D] in [-127, 127], rounded half to even, and scale float32
-    [..., 1] = absmax / 127, so that x is about codes * scale. A row of zeros has scale
-    0; a row with a value that is not finite has a scale that is not finite.
+    codes int8 [..., D] in [-code_max, code_max], rounded half to even, and scale
+    float32 [..., 1] = absmax / code_max, so that x is about codes * scale. A row of
+    zeros has scale 0; a row with a value that is not finite has a scale that is not
+    finite.
   """
   x_TD = x_TD.astype(jnp.float32)
-  scale_T1 = jnp.max(jnp.abs(x_TD), axis=-1, keepdims=True) / CODE_MAX
+  scale_T1 = jnp.max(jnp.abs(x_TD), axis=-1, keepdims=True) / code_max
   codes_TD = jnp.round(x_TD / jnp.where(scale_T1 > 0, scale_T1, 1.0))
   # Only a subnormal scale, itself rounded, can put a quotient outside.
-  codes_TD = jnp.clip(codes_TD, -CODE_MAX, CODE_MAX)
+  codes_TD = jnp.clip(codes_TD, -code_max, code_max)
   return codes_TD.astype(jnp.int8), scale_T1
 
 
@@ -73,7 +75,7 @@ def int8_dot(
 
   Raises:
     InputError: not int8, axes that do not match, or D so large that int32 could
-      overflow (over 133 144).
+      overflow (over 131 071).
   """
   w_in = -1 if out_first else -2
   in_dim, stack = w_codes_DF.shape[w_in], w_codes_DF.shape[:-2]
@@ -173,59 +175,3 @@ def _lower_for_cpu(context, x_codes_TD, w_codes_FD):
 batching.primitive_batchers[_dot_p] = _dot_batched
 mlir.register_lowering(_dot_p, _lower_to_xla)
 mlir.register_lowering(_dot_p, _lower_for_cpu, platform="cpu")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dynamic_int8_contract(
-  x_TD: jax.Array, w_codes_DF: jax.Array, w_scale_1F: jax.Array, out_first: bool = False
-) -> jax.Array:
-  """X @ (w_codes * w_scale) by an integer product with quantized rows of x.
-
-  The rounding of x passes gradients straight through: the gradient of x is that of the
-  product with the dequantized weight.
-
-  Args:
-    x_TD: floating [..., D]; for a stacked weight [*stack, ..., D].
-    w_codes_DF: int8 [*stack, D, F], or [*stack, F, D] if `out_first`.
-    w_scale_1F: floating [*stack, 1, F], one scale an output channel.
-    out_first: see `int8_dot`.
-
-  Returns:
-    [..., F] in the dtype of x; scaled in float32.
-  """
-  return _forward(x_TD, w_codes_DF, w_scale_1F, out_first)[0]
-
-
-def _forward(x_TD, w_codes_DF, w_scale_1F, out_first):
-  codes_TD, scale_T1 = quantize_rows(x_TD)
-  y_TF = int8_dot(codes_TD, w_codes_DF, out_first=out_first).astype(jnp.float32)
-  y_TF *= scale_T1
-  scaled_TF = y_TF * _align(w_scale_1F, y_TF.ndim)
-  return scaled_TF.astype(x_TD.dtype), (y_TF, w_codes_DF, w_scale_1F)
-
-
-def _backward(out_first, residuals, dy_TF):
-  y_TF, w_codes_DF, w_scale_1F = residuals
-  stack = w_codes_DF.ndim - 2
-  dtype, dy_TF = dy_TF.dtype, dy_TF.astype(jnp.float32)
-  batch = tuple(range(stack))
-  contract = ((dy_TF.ndim - 1,), (stack if out_first else stack + 1,))
-  dx_TD = jax.lax.dot_general(
-    dy_TF * _align(w_scale_1F, dy_TF.ndim),
-    w_codes_DF.astype(jnp.float32),
-    (contract, (batch, batch)),
-  )
-  tokens = tuple(range(stack, dy_TF.ndim - 1))
-  dscale_1F = jnp.sum(dy_TF * y_TF, axis=tokens).reshape(w_scale_1F.shape)
-  no_gradient = np.zeros(w_codes_DF.shape, jax.dtypes.float0)
-  return dx_TD.astype(dtype), no_gradient, dscale_1F.astype(w_scale_1F.dtype)
-
-
-dynamic_int8_contract.defvjp(_forward, _backward)
-
-
-def _align(scale_1F: jax.Array, ndim: int) -> jax.Array:
-  """[*stack, 1, F] as [*stack, 1, ..., 1, F] of `ndim` axes, in float32."""
-  stack, out_dim = scale_1F.shape[:-2], scale_1F.shape[-1]
-  ones = (1,) * (ndim - len(stack) - 1)
-  return scale_1F.reshape(*stack, *ones, out_dim).astype(jnp.float32)

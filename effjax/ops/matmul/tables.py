@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from effjax.core import errors
+from effjax.ops.matmul import rounding
 
 NF4 = (
   -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -81,7 +82,7 @@ def encode(x: jax.Array, table: str) -> jax.Array:
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if BITS[table] == 8:
     x = jnp.clip(x, -LARGEST[table], LARGEST[table])
-    as_float = x.astype(jnp.float32).astype(jnp.dtype(_FLOATS[table]))
+    as_float = rounding.narrowed(x.astype(jnp.float32), _FLOATS[table])
     return jax.lax.bitcast_convert_type(as_float, jnp.uint8)
   points, codes = _sorted(table)
   middles = (points[1:].astype(np.float64) + points[:-1]) / 2

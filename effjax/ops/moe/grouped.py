@@ -84,6 +84,29 @@ def grouped_matmul(
   return _grouped(_rows(block), x_TD, w_EDF, group_sizes_E)
 
 
+def grouped_codes(
+  x_TD: jax.Array,
+  w: jax.Array,
+  group_sizes_E: jax.Array,
+  *,
+  out_first: bool,
+  dtype: DTypeLike,
+) -> jax.Array:
+  """`grouped_matmul` of codes, by windows on every platform; it has no gradient.
+
+  Args:
+    x_TD: int8, or floats of 8 bits.
+    w: codes `[E, D, F]`, or `[E, F, D]` if `out_first`.
+    group_sizes_E: see `grouped_matmul`.
+    out_first: the matrices are held with their output axis first.
+    dtype: of the sums and the result: int32, or float32.
+  """
+  if counting.active():
+    w_EDF = jnp.swapaxes(w, -1, -2) if out_first else w
+    return _countable(x_TD, w_EDF, group_sizes_E, dtype)
+  return _product(_rows(_BLOCK), x_TD, w, group_sizes_E, int(out_first), dtype)
+
+
 def window_rows(group_sizes: Sequence[int], block: int = _BLOCK) -> list[int]:
   """Rows of each window that is multiplied for groups of these sizes.
 
@@ -143,17 +166,27 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _product(
-  rows: _Rows, x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, axis: int
+  rows: _Rows,
+  x_TD: jax.Array,
+  w_EDF: jax.Array,
+  sizes_E: jax.Array,
+  axis: int,
+  dtype: DTypeLike | None = None,
 ) -> jax.Array:
-  """The grouped product, contracting `axis` of each matrix."""
+  """The grouped product, contracting `axis` of each matrix; by default in x's dtype."""
 
   def body(window: _Window, y_TF: jax.Array) -> jax.Array:
     w_DF = lax.dynamic_index_in_dim(w_EDF, window.expert, keepdims=False)
-    y_MF = lax.dot_general(window.rows_of(x_TD), w_DF, (((1,), (axis,)), ((), ())))
+    y_MF = lax.dot_general(
+      window.rows_of(x_TD),
+      w_DF,
+      (((1,), (axis,)), ((), ())),
+      preferred_element_type=dtype,
+    )
     y_MF = jnp.where(window.own_M1, y_MF, window.rows_of(y_TF))
     return lax.dynamic_update_slice_in_dim(y_TF, y_MF, window.start, 0)
 
-  y_TF = jnp.zeros((x_TD.shape[0], w_EDF.shape[2 - axis]), x_TD.dtype)
+  y_TF = jnp.zeros((x_TD.shape[0], w_EDF.shape[2 - axis]), dtype or x_TD.dtype)
   return _for_windows(rows, x_TD.shape[0], sizes_E, body, y_TF)
 
 
@@ -250,11 +283,17 @@ def _windows(
   return expert_W[order_W], (starts_E[expert_W] + done_W)[order_W], bounds_S
 
 
-def _countable(x_TD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _countable(
+  x_TD: jax.Array,
+  w_EDF: jax.Array,
+  sizes_E: jax.Array,
+  dtype: DTypeLike | None = None,
+) -> jax.Array:
   """The same product, traced with the rows it would multiply for even groups."""
   num_rows, num_groups = x_TD.shape[0], w_EDF.shape[0]
   share, rest = divmod(num_rows, num_groups)
   even = [share + (expert < rest) for expert in range(num_groups)]
   wasted = sum(window_rows(even)) - num_rows
   x_TD = jnp.pad(x_TD, ((0, wasted), (0, 0)))
-  return lax.ragged_dot(x_TD, w_EDF, sizes_E)[:num_rows]
+  y_TF = lax.ragged_dot(x_TD, w_EDF, sizes_E, preferred_element_type=dtype)
+  return y_TF[:num_rows]

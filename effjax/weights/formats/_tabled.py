@@ -52,8 +52,14 @@ class Tabled(base.Format):
   ) -> coded.Coded:
     """A Coded leaf."""
     codes = codes if axis == -2 else jnp.swapaxes(codes, -1, -2)
-    scale = self.held_scale(grid, axis)
-    return coded.Coded.create(codes, scale, table=self.table, axis=axis, dtype=dtype)
+    return coded.Coded.create(
+      codes,
+      self.held_scale(grid, axis),
+      table=self.table,
+      axis=axis,
+      activations=getattr(self, "activations", "none"),
+      dtype=dtype,
+    )
 
   def _scaled(self, x: jax.Array, grid: base.Grid) -> jax.Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -64,10 +70,3 @@ def absmax(x: jax.Array, shrink: Any = 1.0) -> jax.Array:
   """The largest magnitude of each group, in float32 at least."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   return jnp.max(jnp.abs(x), axis=-2, keepdims=True) * shrink
-
-
-def stored(scale: jax.Array, dtype: str) -> jax.Array:
-  """A scale in the dtype it is held in, not beyond what that holds."""
-  most = float(jnp.finfo(dtype).max)
-  finite = jnp.isfinite(scale)
-  return jnp.where(finite, jnp.minimum(scale, most), scale).astype(dtype)

@@ -26,6 +26,7 @@ from effjax.weights import leaf as leaf_lib
 
 FORMATS = "effjax.weights.formats"
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
+DYNAMIC = "dynamic"  # scales of activations that are found while running
 # Arrays by name, each [*stack, groups, 1, out], or of size 1 where it is shared.
 Grid = Mapping[str, jax.Array]
 
@@ -137,13 +138,17 @@ class FormatOptions:
     symmetric: no zero points.
     grid: convention of a symmetric integer grid: "narrow", "half" or "wide".
     per_tensor: one scale for a whole matrix.
-    activations: "int8" quantizes activations too, per token while running, and
-      executes int8 products; needs int8 with group=0 and symmetric.
+    activations: "int8" or "int4" (of integers) and "fp8" (of fp8) round activations
+      too, and multiply codes; see ops.matmul.activations. Needs group=0 and symmetric.
+    activation_scale: "dynamic", each token's own while running; or one number a matrix
+      (an expert), from calibration: "absmax" the largest magnitude, "percentile", or
+      "mse" the least squared error.
+    percentile: of the magnitudes that are not cut, with activation_scale="percentile".
     scale_dtype: dtype of scales that are floats.
     scale_rule: how a power of two is chosen for a block: "floor", "rceil", "even" or
       "ceil".
     double_group: scales that share a scale of their own, of NF4; 0 to hold them whole.
-    variant: which float, of fp8: "e4m3" or "e5m2".
+    variant: of fp8 the float, "e4m3" or "e5m2"; of gguf the block, such as "q4_k".
   """
 
   format: str = "int"
@@ -153,6 +158,8 @@ class FormatOptions:
   grid: str | None = None
   per_tensor: bool | None = None
   activations: str | None = None
+  activation_scale: str | None = None
+  percentile: float | None = None
   scale_dtype: str | None = None
   scale_rule: str | None = None
   double_group: int | None = None
@@ -180,6 +187,18 @@ class FormatOptions:
     given = {name: getattr(self, name) for name in self._names()}
     given = {name: value for name, value in given.items() if value is not None}
     return registry_class(self.format)(**given)
+
+  @property
+  def static_activations(self) -> bool:
+    """Whether activations have scales from calibration."""
+    return self.activation_scale not in (None, DYNAMIC)
+
+  @property
+  def collect(self) -> tuple[str, ...]:
+    """Statistics of calibration that the options need: of weights.weight.COLLECTED."""
+    if not self.static_activations:
+      return ()
+    return ("moments",) if self.activation_scale == "absmax" else ("histogram",)
 
   @staticmethod
   def _names() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 
 from effjax.core import config, errors
-from effjax.ops.matmul import tables
+from effjax.ops.matmul import rounding, tables
 from effjax.weights.formats import _tabled, base
 
 
@@ -41,7 +41,7 @@ class FP4(_tabled.Tabled):
     """Scales."""
     del outer
     scale = _tabled.absmax(x, shrink) / tables.LARGEST[self.table]
-    return {"scale": _tabled.stored(scale, self.scale_dtype)}
+    return {"scale": rounding.stored(scale, self.scale_dtype)}
 
 
 TECHNIQUE = FP4

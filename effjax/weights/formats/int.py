@@ -13,24 +13,24 @@ from jax.typing import DTypeLike
 
 from effjax.core import config, errors
 from effjax.ops.matmul import rounding
-from effjax.weights.formats import _uniform, base
+from effjax.weights.formats import _activated, _uniform, base
 from effjax.weights.leaves import quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int(_uniform.Uniform):
+class Int(_activated.Activated, _uniform.Uniform):
   """Codes times a scale.
 
   Attributes:
     bits: 2, 3, 4, 5, 6 or 8.
-    group, symmetric, grid, per_tensor, activations, scale_dtype: see FormatOptions.
+    group, symmetric, grid, per_tensor, activations, activation_scale, percentile,
+      scale_dtype: see FormatOptions.
   """
 
   bits: int = 8
   symmetric: bool = True
   grid: str = "narrow"
   per_tensor: bool = False
-  activations: str = "none"
   scale_dtype: str = "float32"
 
   def __post_init__(self):
@@ -38,17 +38,8 @@ class Int(_uniform.Uniform):
       self.bits in quantized.BITS, f"bits={self.bits} must be one of {quantized.BITS}"
     )
     config.require(self.group >= 0, f"group={self.group} must be 0 or positive")
-    if self.activations not in quantized.ACTIVATIONS:
-      raise errors.unknown("activations", self.activations, quantized.ACTIVATIONS)
-    config.require(
-      self.activations == "none" or (self.group == 0 and self.symmetric),
-      "activations='int8' needs group=0 and symmetric=True: an int8 product has one "
-      "scale per output channel",
-    )
-    config.require(
-      self.activations == "none" or (self.bits == 8 and not self.per_tensor),
-      "activations='int8' needs bits=8 and per_tensor=False",
-    )
+    config.require(self.activations != "fp8", "activations='fp8' needs format='fp8'")
+    self.check_activations(quantized.ACTIVATIONS, self.group == 0 and self.symmetric)
     config.require(
       not self.per_tensor or self.group == 0, "per_tensor=True needs group=0"
     )

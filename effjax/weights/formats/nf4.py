@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import config, errors
-from effjax.ops.matmul import tables
+from effjax.ops.matmul import rounding, tables
 from effjax.weights.formats import _tabled, base
 from effjax.weights.leaves import coded
 
@@ -58,7 +58,7 @@ class NF4(_tabled.Tabled):
     del outer
     scale = _tabled.absmax(x, shrink)
     if not self.double_group:
-      return {"scale": _tabled.stored(scale, self.scale_dtype)}
+      return {"scale": rounding.stored(scale, self.scale_dtype)}
     mean = jnp.mean(scale, axis=(-1, -2, -3), keepdims=True)
     rest = scale - mean
     size = _most(scale.shape[-1], self.double_group)

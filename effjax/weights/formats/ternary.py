@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from effjax.core import config, errors
-from effjax.weights.formats import _tabled, _uniform, base
+from effjax.ops.matmul import rounding
+from effjax.weights.formats import _uniform, base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Ternary(_uniform.Uniform):
     """Scales."""
     if outer is None:
       outer = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-2, keepdims=True)
-    return {"scale": _tabled.stored(outer * shrink, self.scale_dtype)}
+    return {"scale": rounding.stored(outer * shrink, self.scale_dtype)}
 
   @property
   def code_bits(self) -> int:

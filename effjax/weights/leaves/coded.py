@@ -16,6 +16,9 @@ from effjax.core import config
 from effjax.ops.matmul import packing, tables
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
+from effjax.weights.leaves import _activated
+
+ACTIVATIONS = ("none", "fp8")
 
 
 @leaf_lib.register
@@ -31,9 +34,14 @@ class Coded(leaf_lib.Leaf):
     size: logical length of `axis`.
     axis: the axis that is packed, -2, or -1 for an embedding.
     logical_dtype: dtype of `dense()`, which computes in float32 at least.
+    activations: "fp8" also rounds the activations, to float8_e4m3fn, and executes a
+      product of such floats (ops.matmul.activations); "none" multiplies in the
+      activations' dtype.
+    x_scale: the activations' static scale, float32 `[*stack, 1, 1]`; None if each token
+      has its own.
   """
 
-  static_fields = ("table", "size", "axis", "logical_dtype")
+  static_fields = ("table", "size", "axis", "logical_dtype", "activations")
 
   codes: Any
   scale: Any
@@ -42,6 +50,8 @@ class Coded(leaf_lib.Leaf):
   size: int
   axis: int = -2
   logical_dtype: str = "float32"
+  activations: str = "none"
+  x_scale: Any = None
 
   @classmethod
   def create(
@@ -52,6 +62,8 @@ class Coded(leaf_lib.Leaf):
     *,
     table: str,
     axis: int = -2,
+    activations: str = "none",
+    x_scale: jax.Array | None = None,
     dtype: Any = jnp.float32,
   ) -> "Coded":
     """Packs codes, one an element, and checks that everything fits.
@@ -62,6 +74,9 @@ class Coded(leaf_lib.Leaf):
       offset: the same, an array, or None.
       table: a key of tables.BITS.
       axis: the axis to pack along.
+      activations: one of ACTIVATIONS; "fp8" needs the table "e4m3", no offsets and one
+        scale for all inputs.
+      x_scale: their static scale `[*stack, 1, 1]`, or None for dynamic ones.
       dtype: logical dtype.
 
     Raises:
@@ -79,10 +94,32 @@ class Coded(leaf_lib.Leaf):
         f"{name} of shape {part is not None and tuple(part.shape)} does not tile codes "
         f"of shape {tuple(codes.shape)}",
       )
+    config.require(
+      activations in ACTIVATIONS,
+      f"activations={activations!r} must be one of {', '.join(ACTIVATIONS)}",
+    )
+    plain = table == "e4m3" and offset is None
+    per_output = plain and scale is not None and scale.shape[axis] == 1
+    config.require(
+      activations == "none" or per_output,
+      "fp8 activations need e4m3 codes with one scale per output channel or matrix "
+      "(group=0)",
+    )
+    _activated.check_x_scale(x_scale, codes.shape, activations)
     size, bits = codes.shape[axis], tables.BITS[table]
     if bits < 8:
       codes = packing.pack_bits(codes, bits, axis=axis)
-    return cls(codes, scale, offset, table, size, axis, jnp.dtype(dtype).name)
+    return cls(
+      codes,
+      scale,
+      offset,
+      table=table,
+      size=size,
+      axis=axis,
+      logical_dtype=jnp.dtype(dtype).name,
+      activations=activations,
+      x_scale=x_scale,
+    )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -115,13 +152,28 @@ class Coded(leaf_lib.Leaf):
       dense += spread(self.offset.astype(wide), dense.shape)
     return dense.astype(self.dtype)
 
+  def contract(self, x: jax.Array, *, transpose: bool = False) -> jax.Array:
+    """See weights.verbs.contract."""
+    if self.activations == "none":
+      return super().contract(x, transpose=transpose)
+    return _activated.contract(self, x, axis=-1 if transpose else -2)
+
+  def grouped_contract(
+    self, x: jax.Array, group_sizes: jax.Array | None = None
+  ) -> jax.Array:
+    """See weights.verbs.grouped_contract."""
+    if self.activations == "none":
+      return super().grouped_contract(x, group_sizes)
+    return _activated.contract(self, x, group_sizes, axis=-2)
+
   def lookup(self, ids: jax.Array) -> jax.Array:
     """Gathers rows of codes and scales, then decodes only those."""
     rows = self.shape[0]
     parts = jax.tree.leaves((self.scale, self.offset))
     if self.axis != -1 or any(part.shape[0] != rows for part in parts):
       return super().lookup(ids)
-    taken = jax.tree.map(lambda part: jnp.take(part, ids.reshape(-1), axis=0), self)
+    own = dataclasses.replace(self, x_scale=None)
+    taken = jax.tree.map(lambda part: jnp.take(part, ids.reshape(-1), axis=0), own)
     return taken.dense().reshape(*ids.shape, self.size)
 
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
@@ -130,6 +182,7 @@ class Coded(leaf_lib.Leaf):
     for name in ("scale", "offset"):
       part = getattr(self, name)
       inner[name] = part if part is None else _tiled(axes, part.shape)
+    inner["x_scale"] = _activated.scale_axes(self, axes)
     return inner
 
 

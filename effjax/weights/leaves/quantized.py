@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import config
-from effjax.ops.matmul import int8, packing, rounding
+from effjax.ops.matmul import packing, rounding
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import two_level
+from effjax.weights.leaves import _activated, two_level
 
-ACTIVATIONS = ("none", "int8")
+ACTIVATIONS = ("none", "int8", "int4")
 BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -42,11 +42,14 @@ class Quantized(leaf_lib.Leaf):
       or for a swapped matrix.
     swapped: 1 if a matrix is held `[*stack, out, in]`, which integer products on a CPU
       read as it lies, while `[in, out]` is rearranged by every call.
-    activations: "int8" also quantizes the activations, per token and while running,
-      and executes an integer product; "none" multiplies in the activations' dtype.
+    activations: "int8" or "int4" also rounds the activations and executes an integer
+      product (ops.matmul.activations); sub-byte codes are unpacked to int8 for it in
+      every call. "none" multiplies in the activations' dtype.
     logical_dtype: dtype of `dense()`, which computes in float32 at least.
     offset: what is added to each group, like `scale`, or None. Without zero points and
       offsets codes are signed, with either they start at 0.
+    x_scale: the activations' static scale, float32 `[*stack, 1, 1]`; None if each token
+      has its own.
   """
 
   static_fields = ("bits", "size", "axis", "swapped", "activations", "logical_dtype")
@@ -61,6 +64,7 @@ class Quantized(leaf_lib.Leaf):
   activations: str = "none"
   logical_dtype: str = "float32"
   offset: Any = None
+  x_scale: Any = None
 
   @classmethod
   def create(
@@ -74,11 +78,12 @@ class Quantized(leaf_lib.Leaf):
     axis: int = -2,
     swapped: bool = False,
     activations: str = "none",
+    x_scale: jax.Array | None = None,
     dtype: Any = jnp.float32,
   ) -> "Quantized":
     """Packs unpacked integer codes and checks that everything fits.
 
-    With int8 activations a matrix is held swapped, however it is given.
+    With rounded activations a matrix is held swapped, however it is given.
 
     Args:
       codes: integers of the logical shape, or with `swapped` of the held one; signed
@@ -92,6 +97,7 @@ class Quantized(leaf_lib.Leaf):
       swapped: the parts are those of a matrix, given as `[*stack, out, in]` with axis
         -1, and held like that.
       activations: one of ACTIVATIONS.
+      x_scale: their static scale `[*stack, 1, 1]`, or None for dynamic ones.
       dtype: logical dtype.
 
     Raises:
@@ -109,13 +115,16 @@ class Quantized(leaf_lib.Leaf):
     symmetric = zero is None and offset is None
     config.require(
       activations == "none" or (scale.shape[axis] == 1 and symmetric),
-      "int8 activations need one symmetric scale per output channel (group=0)",
+      f"{activations} activations need one symmetric scale per output channel "
+      "(group=0)",
     )
+    _activated.check_x_scale(x_scale, codes.shape, activations)
     size = codes.shape[axis]
-    if activations == "int8" and axis == -2:
+    if activations != "none" and axis == -2:
       config.require(
         not leaf_lib.is_leaf_kind(scale),
-        "int8 activations hold a matrix [out, in]: give scales that are a leaf swapped",
+        f"{activations} activations hold a matrix [out, in]: give scales that are a "
+        "leaf swapped",
       )
       axis, swapped = -1, True
       codes, parts["scale"] = (jnp.swapaxes(p, -1, -2) for p in (codes, scale))
@@ -132,6 +141,7 @@ class Quantized(leaf_lib.Leaf):
       swapped=int(swapped),
       activations=activations,
       logical_dtype=jnp.dtype(dtype).name,
+      x_scale=x_scale,
     )
 
   @property
@@ -179,6 +189,8 @@ class Quantized(leaf_lib.Leaf):
   def contract(self, x: jax.Array, *, transpose: bool = False) -> jax.Array:
     """Scales after the product where one scale serves a whole output channel."""
     held_axis = -1 if transpose != bool(self.swapped) else -2
+    if self.activations != "none":
+      return _activated.contract(self, x, axis=held_axis)
     per_channel = self.num_groups == 1 and self.symmetric
     if not per_channel or self.axis != held_axis or self.codes.ndim != 2:
       w = self.dense()
@@ -189,18 +201,25 @@ class Quantized(leaf_lib.Leaf):
     out_first = held_axis == -1
     scale_1F = verbs.dense(self.scale).reshape(1, -1)
     codes = self.unpacked()
-    if self.activations == "int8":
-      return int8.dynamic_int8_contract(x, codes, scale_1F, out_first)
     y = leaf_lib.contract_dense(x, codes, transpose=out_first)
     scale = jax.lax.expand_dims(scale_1F[0], tuple(range(y.ndim - 1)))
     return y * scale.astype(y.dtype)
+
+  def grouped_contract(
+    self, x: jax.Array, group_sizes: jax.Array | None = None
+  ) -> jax.Array:
+    """See weights.verbs.grouped_contract."""
+    if self.activations == "none":
+      return super().grouped_contract(x, group_sizes)
+    return _activated.contract(self, x, group_sizes, axis=-1 if self.swapped else -2)
 
   def lookup(self, ids: jax.Array) -> jax.Array:
     """Gathers rows of codes, scales and offsets, then dequantizes only those."""
     if self.axis != -1 or self.swapped:
       return super().lookup(ids)
     # Every array is cut along the last axis only, also inside scales that are leaves.
-    rows = jax.tree.map(lambda part: jnp.take(part, ids.reshape(-1), axis=0), self)
+    own = dataclasses.replace(self, x_scale=None)
+    rows = jax.tree.map(lambda part: jnp.take(part, ids.reshape(-1), axis=0), own)
     return rows.dense().reshape(*ids.shape, self.size)
 
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
@@ -214,7 +233,11 @@ class Quantized(leaf_lib.Leaf):
       tiled[self.axis] = None
     parts = {"scale": self.scale, "zero": self.zero, "offset": self.offset}
     inner = {n: None if p is None else tuple(tiled) for n, p in parts.items()}
-    return {"codes": tuple(held), **inner}
+    return {
+      "codes": tuple(held),
+      **inner,
+      "x_scale": _activated.scale_axes(self, axes),
+    }
 
   def _as_columns(self, part: Any) -> jax.Array | None:
     """A part as a plain array `[..., in or groups, out or 1]`."""

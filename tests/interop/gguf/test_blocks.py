@@ -128,6 +128,19 @@ def test_layout_of_6_bit_pairs():
     assert pairs[j + 8] >> 4 | pairs[j + 4] >> 6 << 4 == 59 - j
 
 
+def test_layout_of_6_bit_sub_scales():
+  subs = np.random.default_rng(0).integers(-32, 32, 16).astype(np.int8)
+  held = blocks.Fields(
+    codes=np.full(256, -4, np.int8), scales=np.float16([1]), sub_scales=subs
+  )
+  raw = blocks.from_fields(held, "Q3_K")
+  assert not raw[:96].any()
+  for j, byte in enumerate(raw[96:104]):
+    assert byte & 15 == subs[j] + 32 & 15 and byte >> 4 == subs[j + 8] + 32 & 15
+  for j in range(16):
+    assert raw[104 + j % 4] >> 2 * (j // 4) & 3 == subs[j] + 32 >> 4
+
+
 @pytest.mark.parametrize("type", formats.TYPES)
 def test_rows_do_not_depend_on_each_other(type):
   raw = random_raw(type, 2, 3, seed=2)
@@ -151,6 +164,8 @@ def test_bits_per_weight():
     "Q5_0": 5.5,
     "Q5_1": 6,
     "Q8_0": 8.5,
+    "Q2_K": 2.625,
+    "Q3_K": 3.4375,
     "Q4_K": 4.5,
     "Q5_K": 5.5,
     "Q6_K": 6.5625,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from effjax.core import errors
 from effjax.interop.gguf import blocks, encode, formats
 
-K_QUANTS = ["Q4_K", "Q5_K", "Q6_K"]
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 OTHERS = [name for name in formats.TYPES if name not in K_QUANTS]
 # Relative root mean square errors on N(0, 1), measured with llama.cpp.
 PUBLISHED = {
@@ -140,7 +140,7 @@ def test_decoded_values_encode_to_themselves_or_near(type):
   x = SAMPLES["normal"]
   once = blocks.decode(encode.encode(x, type), type)
   twice = blocks.decode(encode.encode(once, type), type)
-  assert relative_error(x, once) < 0.1
+  assert relative_error(x, once) < {"Q2_K": 0.3, "Q3_K": 0.17}.get(type, 0.1)
   assert relative_error(once, twice) <= relative_error(x, once)
 
 
@@ -187,5 +187,7 @@ def test_refuses_with_one_line():
     encode.encode(np.float32([1, 7e4]), "F16")
   with pytest.raises(errors.InputError, match="encodes float32 rows; got float64"):
     encode.encode(np.ones(32), "Q4_0")
-  with pytest.raises(errors.InputError, match="unknown GGUF tensor type 'Q3_K'.*Q4_K"):
-    encode.encode(np.ones(256, np.float32), "Q3_K")
+  with pytest.raises(
+    errors.InputError, match="unknown GGUF tensor type 'IQ4_NL'.*Q4_K"
+  ):
+    encode.encode(np.ones(256, np.float32), "IQ4_NL")

@@ -5,13 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.compress import registry as transforms
 from effjax.core import errors
+from effjax.core import layers as core_layers
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.interop import sources
 from effjax.interop.gguf import encode, export, leaves, model, reader, writer
 from effjax.models import config, decoder
+from tests.interop.gguf import tiny
 
+_WIDE = {"mlp_options": {"swiglu": {"hidden_dim": 256}}}
+_WIDE["mixer_options"] = tiny.attention(head_dim=64)
 TOKENS_BL = np.random.default_rng(0).integers(0, 96, (2, 11)).astype(np.int32)
 
 
@@ -83,6 +88,28 @@ def test_layers_of_other_types_are_scanned_apart(made, tmp_path):
   again = reader.open_file(tmp_path / "again.gguf")
   for tensor in tensors:
     np.testing.assert_array_equal(again.raw(tensor.name), tensor.raw, tensor.name)
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "q4_0", "q5_1", "q4_k", "q6_k", "q3_k"])
+def test_what_is_quantized_here_leaves_and_comes_back(variant, tmp_path):
+  built, params, specs = tiny.build("llama", embed_dim=256, **_WIDE)
+  quantized = transforms.find("rtn")(
+    params,
+    specs,
+    where={"kind": ("matrix", "embedding")},
+    options={"format": "gguf", "variant": variant},
+  )
+  path = tmp_path / "a.gguf"
+  notes = export.save(path, built, quantized, specs, type="F32")
+  assert notes == [
+    f"quantized leaves written as they are, bit for bit: 15 {variant.upper()}"
+  ]
+  opened = model.open_gguf(path, keep_quantized=True)
+  ours = core_layers.unstack(built, quantized)[1]
+  theirs = core_layers.unstack(opened.model, opened.load())[1]
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_a_cut_file_is_named_when_it_is_read(made, tmp_path):

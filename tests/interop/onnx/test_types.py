@@ -182,6 +182,8 @@ def test_int8_is_close_to_our_dynamic_int8(activations, written, tmp_path):
     ("int8", {"bits": 4, "group": 32}, "is quantized to 4 bits.*type int8"),
     ("int8", {"bits": 8, "group": 32}, "2 groups of inputs, MatMulInteger one"),
     ("int8", {"symmetric": False}, "with zero points or offsets"),
+    ("int8", {"activations": "int4"}, "its activations are int4, DynamicQuantize"),
+    ("int4", {"bits": 4, "activations": "int8"}, "are int8, MatMulNBits takes floats"),
   ],
 )
 def test_codes_that_do_not_fit_are_refused_or_multiplied_out(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from effjax.core import errors
-from effjax.ops.matmul import int8, rounding
+from effjax.ops.matmul import activations, int8, rounding
 
 quantize = jax.jit(int8.quantize_rows)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -61,7 +61,7 @@ def test_the_compiled_product_reads_int8_and_two_rows(rows, monkeypatch):
   x = jax.ShapeDtypeStruct((*rows, 256), jnp.float32)
   w = jax.ShapeDtypeStruct((512, 256), jnp.int8)
   scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)
-  fn = lambda x, w, scale: int8.dynamic_int8_contract(x, w, scale, True)
+  fn = lambda x, w, scale: activations.contract(x, w, scale, out_first=True)
   lowered = jax.jit(fn).lower(x, w, scale)
   (dot,) = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
   shape = "x".join(map(str, rows if max(rows) > 1 else (2,)))
@@ -103,7 +103,7 @@ def test_quantize_rows_of_any_finite_values(values):
 def test_what_is_not_finite_is_not_hidden():
   x = jnp.ones((3, 8)).at[0, 1].set(jnp.nan).at[1, 2].set(jnp.inf)
   w = jnp.ones((8, 4), jnp.int8)
-  y = np.asarray(int8.dynamic_int8_contract(x, w, jnp.ones((1, 4))))
+  y = np.asarray(activations.contract(x, w, jnp.ones((1, 4))))
   assert not np.isfinite(y[:2]).any() and np.isfinite(y[2]).all()
 
 
@@ -114,7 +114,7 @@ def test_contract_is_close_to_the_dense_product(stack, dtype):
   w = jnp.asarray(rng.standard_normal((*stack, 128, 16)), jnp.float32)
   x = jnp.asarray(rng.standard_normal((*stack, 3, 128)), dtype)
   codes, scale, _ = rounding.quantize_groups(w, 8, 0, True)
-  y = int8.dynamic_int8_contract(x, codes, scale)
+  y = activations.contract(x, codes, scale)
   assert y.dtype == dtype and y.shape == (*stack, 3, 16)
   dense = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
   error = np.linalg.norm(np.asarray(y, np.float64) - dense) / np.linalg.norm(dense)
@@ -143,7 +143,7 @@ def test_gradients_pass_straight_through(stack, out_first):
     return (jnp.einsum("...ij,...jk->...ik", x, w[..., None, :, :]) * dy).sum()
 
   def quantized(x, scale):
-    return (int8.dynamic_int8_contract(x, held, scale, out_first) * dy).sum()
+    return (activations.contract(x, held, scale, out_first=out_first) * dy).sum()
 
   def rounded(x, scale):  # the forward pass as it is, for the gradient of the scale
     x_codes, x_scale = int8.quantize_rows(x)

@@ -19,7 +19,7 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.measure import flops
-from effjax.ops.matmul import int8, native
+from effjax.ops.matmul import activations, int8, native
 
 _dot = jax.jit(lambda x, w: int8.int8_dot(x, w, out_first=True))
 _X = jax.ShapeDtypeStruct((3, 40), jnp.int8)
@@ -27,7 +27,7 @@ _W = jax.ShapeDtypeStruct((6, 40), jnp.int8)
 # A product large enough for XLA's threads to share it, twenty times.
 _CHILD = """
 import numpy as np
-from effjax.ops.matmul import int8, native
+from effjax.ops.matmul import activations, int8, native
 rng = np.random.default_rng(0)
 x, w = (rng.integers(-128, 128, (n, 1024)).astype(np.int8) for n in (18, 1001))
 expected = x.astype(np.int64) @ w.T.astype(np.int64)
@@ -119,7 +119,7 @@ def test_equals_xla_bit_by_bit(rng, monkeypatch):
   x, w = _codes(rng, 5, 100), _codes(rng, 30, 100)
   scale = rng.random((1, 30)).astype(np.float32)
   args = (x.astype(np.float32), w, scale)
-  make = lambda: jax.jit(lambda *a: int8.dynamic_int8_contract(*a, True))
+  make = lambda: jax.jit(lambda *a: activations.contract(*a, out_first=True))
   here = make().lower(*args)
   monkeypatch.setenv(native.SWITCH, "0")
   there = make().lower(*args)
@@ -132,7 +132,7 @@ def test_the_kernel_is_given_the_weight_as_it_lies(rows):
   x = jax.ShapeDtypeStruct((*rows, 256), jnp.float32)
   w = jax.ShapeDtypeStruct((512, 256), jnp.int8)
   scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)
-  fn = lambda *a: int8.dynamic_int8_contract(*a, True)
+  fn = lambda *a: activations.contract(*a, out_first=True)
   compiled = jax.jit(fn).lower(x, w, scale).compile()
   (call,) = [x for x in compiled.as_text().splitlines() if native.TARGET in x]
   assert f"s32[{','.join(map(str, rows))},512]" in call
