@@ -3,7 +3,8 @@
 Trees of updates and parameters may have holes: `None` where a parameter is frozen, and
 optax's `MaskedNode` where another optimizer owns it. The specs tree may still hold a
 spec there. Specs are therefore used as a prefix: whatever stands at a spec's place,
-nothing, an array or a leaf with several arrays, belongs to that spec.
+nothing, an array or a leaf with several arrays, belongs to that spec. What a leaf holds
+of a grid (`grid_fields`: trained step sizes, offsets) is no matrix, whatever its spec.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import optax
 
 from effjax.core import config
 from effjax.core import specs as specs_lib
+from effjax.weights import leaf as leaf_lib
 
 Schedule = Callable[[Any], Any]
 DECAYED_KINDS = frozenset({"matrix", "embedding", "conv", "router"})
@@ -75,14 +77,49 @@ def map_with_specs(
   return jax.tree.map(at_spec, specs, tree, *rest)
 
 
-def decay_mask(specs: Mapping[str, Any], decay_embedding: bool = True) -> Any:
-  """The optax prefix mask of the parameters that weight decay applies to.
+def decay_mask(
+  specs: Mapping[str, Any], decay_embedding: bool = True
+) -> Callable[[Any], Any]:
+  """The optax mask of the parameters that weight decay applies to.
 
-  Matrices, convolutions, routers and (if asked for) embeddings decay; norms, biases
-  and the parameters of a state space model's recurrence never do.
+  Matrices, convolutions, routers and (if asked for) embeddings decay; norms, biases,
+  the parameters of a state space model's recurrence and step sizes never do.
+
+  Returns:
+    `mask(params)`, a tree of bools.
   """
   kinds = DECAYED_KINDS if decay_embedding else DECAYED_KINDS - {"embedding"}
-  return jax.tree.map(lambda spec: spec.kind in kinds, specs)
+  return labels(specs, lambda spec: spec.kind in kinds, False)
+
+
+def labels(
+  specs: Mapping[str, Any],
+  of_spec: Callable[[specs_lib.ParamSpec], Any],
+  of_grid: Any,
+) -> Callable[[Any], Any]:
+  """What optax is to do with each array of the parameters, as optax asks for it.
+
+  Args:
+    specs: tree of ParamSpecs.
+    of_spec: the label of a parameter.
+    of_grid: the label of what a leaf holds of a grid.
+
+  Returns:
+    `label(params)`, a tree of labels.
+  """
+
+  def one(part, label):
+    if not leaf_lib.is_leaf_kind(part):
+      return jax.tree.map(lambda _: label, part)
+    fields = {
+      name: one(getattr(part, name), of_grid if name in part.grid_fields else label)
+      for name in part.data_fields
+    }
+    return dataclasses.replace(part, **fields)
+
+  return lambda params: jax.tree.map(
+    lambda spec, part: one(part, of_spec(spec)), specs, params
+  )
 
 
 def num_stacked(spec: specs_lib.ParamSpec, ndim: int) -> int:

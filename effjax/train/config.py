@@ -23,6 +23,8 @@ class TrainConfig:
     optimizer: see OptimizerConfig.
     loss: a loss of effjax.train.losses.
     loss_options: fields of the loss's options.
+    teacher: name of the earlier stage whose model the loss learns from, such as the
+      full-precision model for its quantized copy; for the losses that need one.
     micro_batches: parts a batch is cut into, whose gradients are summed; memory falls,
       the result stays the same up to rounding.
     precision: compute dtype and precision of products.
@@ -40,6 +42,7 @@ class TrainConfig:
   optimizer: optim_config.OptimizerConfig = optim_config.OptimizerConfig()
   loss: str = "cross_entropy"
   loss_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  teacher: str | None = None
   micro_batches: int = 1
   precision: precision_lib.PrecisionConfig = precision_lib.PrecisionConfig()
   eval_every: int = 0
@@ -73,14 +76,34 @@ class TrainConfig:
       "precision.compute='float16' cannot train: small gradients vanish without loss "
       "scaling; use 'bfloat16'",
     )
+    self._check_teacher()
     # Wrong options and a schedule that does not fit are found before anything runs.
     self.make_loss()
     optim_config.learning_rate(self.optimizer, self.num_steps)
 
   def make_loss(self) -> base.LossFn:
     """The loss function these options name."""
-    technique = registry.find(LOSSES, self.loss, "loss")
-    return technique.make(technique.options(self.loss_options))
+    return self._loss.make(self._loss.options(self.loss_options))
+
+  @property
+  def _loss(self) -> base.LossTechnique:
+    return registry.find(LOSSES, self.loss, "loss")
+
+  def _check_teacher(self) -> None:
+    if self._loss.needs_teacher:
+      config_lib.require(
+        self.teacher is not None,
+        f"loss={self.loss!r} needs a teacher: set teacher to the name of an earlier "
+        "stage",
+      )
+      return
+    find = lambda name: registry.find(LOSSES, name, "loss")
+    takers = [name for name in registry.names(LOSSES) if find(name).needs_teacher]
+    config_lib.require(
+      self.teacher is None,
+      f"teacher={self.teacher!r}: loss={self.loss!r} takes none; leave it out, or "
+      f"choose a loss that does: {', '.join(takers)}",
+    )
 
   def evaluates_at(self, step: int) -> bool:
     """Whether the model is evaluated after `step` updates."""

@@ -29,6 +29,7 @@ from effjax.train import console as console_lib
 from effjax.train import device as device_lib
 from effjax.train import state as state_lib
 from effjax.train import step as step_lib
+from effjax.train.losses import base
 
 Evaluate = Callable[[dict[str, Any]], Mapping[str, float]]
 
@@ -70,6 +71,7 @@ def train(
   workdir: pathlib.Path | None = None,
   stage: str = "train",
   flops_per_token: float | None = None,
+  teacher: base.Teacher | None = None,
 ) -> Trained:
   """Trains to `config.num_steps`, or resumes and finishes.
 
@@ -90,14 +92,20 @@ def train(
       writes nothing.
     stage: name in metrics and folders.
     flops_per_token: forward and backward FLOPs a token, for MFU.
+    teacher: the model that `config.teacher` names.
 
   Raises:
-    InputError: the selection, the data or a checkpoint do not fit.
+    InputError: the selection, the data, a checkpoint or the teacher do not fit.
     DivergedError: a loss, gradient or parameter is not finite; `diverged-<stage>.json`
       says where, and no such state was saved.
     StoppedError: SIGTERM or SIGINT came, and the state was saved.
     OSError: the disk is full (ENOSPC); the checkpoint before is whole.
   """
+  config_lib.require(
+    (teacher is None) == (config.teacher is None),
+    f"teacher={config.teacher!r} of the config, and "
+    f"{'no' if teacher is None else 'a'} model passed as the teacher",
+  )
   where = select_lib.parse(where, select_lib.Where())
   paths = select_lib.select(specs, where)
   plain, kept = masks.take_out(params, paths)
@@ -116,6 +124,7 @@ def train(
     preset=preset,
     micro_batches=config.micro_batches,
     policy=config.precision,
+    teacher=teacher,
   )
   loop = Loop(step, state, batches, config, evaluate, workdir, stage, flops_per_token)
   state = loop.run()

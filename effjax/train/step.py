@@ -36,15 +36,16 @@ class Step:
   `finite` (1 while all of these are), and those of the loss.
 
   Attributes:
-    fn: the jitted function `fn(state, frozen, batch)`.
-    frozen: parameters that do not train.
+    fn: the jitted function `fn(state, fixed, batch)`.
+    fixed: what updates read and never change: the parameters that do not train
+      ("frozen"), and those of the teacher if there is one ("teacher").
     mesh: the device mesh.
     preset: key of parallel.rules.PRESETS.
     micro_batches: parts a batch is cut into.
   """
 
   fn: Any
-  frozen: dict[str, Any]
+  fixed: dict[str, Any]
   mesh: Mesh
   preset: str
   micro_batches: int
@@ -52,7 +53,12 @@ class Step:
   def __call__(
     self, state: state_lib.TrainState, batch: Batch
   ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
-    return self.fn(state, self.frozen, batch)
+    return self.fn(state, self.fixed, batch)
+
+  @property
+  def frozen(self) -> dict[str, Any]:
+    """The parameters that do not train."""
+    return self.fixed["frozen"]
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
     """A batch on the devices, each process giving its own rows.
@@ -95,6 +101,7 @@ def make(
   preset: str,
   micro_batches: int = 1,
   policy: precision.PrecisionConfig | None = None,
+  teacher: base.Teacher | None = None,
 ) -> Step:
   """Builds the train step; nothing is compiled before its first call.
 
@@ -109,22 +116,30 @@ def make(
     preset: key of parallel.rules.PRESETS.
     micro_batches: parts a batch is cut into.
     policy: compute precision; float32 by default.
+    teacher: what the loss learns from, where it needs one.
   """
   policy = policy or precision.PrecisionConfig()
-  if hasattr(model, "precision"):
-    model = model.clone(precision=policy)
+  at_policy = lambda m: m.clone(precision=policy) if hasattr(m, "precision") else m
+  model = at_policy(model)
+  fixed = {"frozen": frozen}
+  if teacher is not None:
+    fixed["teacher"] = teacher.params
+    teacher = dataclasses.replace(teacher, model=at_policy(teacher.model), params=None)
   activations = rules.PRESETS[preset].activations
 
-  def objective(trainable, frozen, collections, batch, rng):
-    params = partition.merge(trainable, frozen)
-    loss = loss_fn(model, {"params": params, **collections}, batch, rng)
+  def objective(trainable, fixed, collections, batch, rng):
+    params = partition.merge(trainable, fixed["frozen"])
+    given = {}
+    if teacher is not None:
+      given["teacher"] = dataclasses.replace(teacher, params=fixed["teacher"])
+    loss = loss_fn(model, {"params": params, **collections}, batch, rng, **given)
     return loss.objective, loss
 
-  def update(state, frozen, batch):
+  def update(state, fixed, batch):
     with shard_lib.use_rules(mesh, activations), policy.context():
       key = jax.random.wrap_key_data(state.key_data)
       rng = jax.random.fold_in(key, state.step)
-      gradients, loss = _accumulate(objective, state, frozen, batch, rng, micro_batches)
+      gradients, loss = _accumulate(objective, state, fixed, batch, rng, micro_batches)
       scale = jnp.where(loss.weight > 0, 1 / loss.weight, 0.0)
       gradients = jax.tree.map(lambda g: g * scale, gradients)
       updates, opt_state = tx.update(gradients, state.opt_state, state.params)
@@ -151,15 +166,15 @@ def make(
 
   whole = NamedSharding(mesh, PartitionSpec())
   fn = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
-  return Step(fn, frozen, mesh, preset, micro_batches)
+  return Step(fn, fixed, mesh, preset, micro_batches)
 
 
-def _accumulate(objective, state, frozen, batch, rng, micro_batches):
+def _accumulate(objective, state, fixed, batch, rng, micro_batches):
   """The gradient of the summed objective and the sums, over all micro-batches."""
   grad_fn = jax.value_and_grad(objective, has_aux=True)
 
   def one(collections, batch, rng):
-    (_, loss), gradients = grad_fn(state.params, frozen, collections, batch, rng)
+    (_, loss), gradients = grad_fn(state.params, fixed, collections, batch, rng)
     return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), loss
 
   if micro_batches == 1:

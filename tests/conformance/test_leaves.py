@@ -1,5 +1,6 @@
 """Every leaf kind x every verb x every way JAX may run it, against the dense weight."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,16 @@ from effjax.ops.matmul import tables
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.weights import describe, leaf, verbs
-from effjax.weights.leaves import coded, low_rank, masked, quantized, two_level
+from effjax.weights.formats import base as format_base
+from effjax.weights.leaves import (
+  coded,
+  fake_quantized,
+  low_rank,
+  masked,
+  quantized,
+  rotated,
+  two_level,
+)
 
 IN, OUT, TAPS, EXPERTS, LAYERS = 16, 8, 4, 3, 2
 
@@ -38,6 +48,14 @@ def _quantized(key, shape, axis, *, bits=8, groups=1, zero=False, activations="n
     axis=axis,
     activations=activations,
   )
+
+
+def _static(key, shape, axis, inner):
+  """With a static scale of activations: none of these tests goes beyond 4."""
+  made = inner(key, shape, axis)
+  top = 448 if made.activations == "fp8" else 127
+  scale = jnp.full((*shape[:-2], 1, 1), 4 / top, jnp.float32)
+  return dataclasses.replace(made, x_scale=scale)
 
 
 def _masked(key, shape, axis, inner=None):
@@ -80,7 +98,17 @@ def _nested(key, shape, axis, *, bits, groups=4, offset=True, swapped=False):
   )
 
 
-def _coded(key, shape, axis, *, table="nf4", groups=2, nested=False, offset=False):
+def _coded(
+  key,
+  shape,
+  axis,
+  *,
+  table="nf4",
+  groups=2,
+  nested=False,
+  offset=False,
+  activations="none",
+):
   """Codes of a table with scales, plain ones or codes themselves."""
   grid = list(shape)
   grid[axis] = groups
@@ -95,7 +123,12 @@ def _coded(key, shape, axis, *, table="nf4", groups=2, nested=False, offset=Fals
   added = jax.random.normal(keys[2], (*shape[:-2], 1, 1)) if offset else None
   top = 16 if tables.BITS[table] == 4 else 120
   return coded.Coded.create(
-    codes(keys[0], shape, top), scale, added, table=table, axis=axis
+    codes(keys[0], shape, top),
+    scale,
+    added,
+    table=table,
+    axis=axis,
+    activations=activations,
   )
 
 
@@ -126,11 +159,37 @@ def _low_rank(key, shape, axis, inner=_plain):
   )
 
 
+def _fake(key, shape, axis, *, groups=1, offset=False, **options):
+  """On a fitted grid, or with `learned` on a trained one."""
+  options["group"] = 0 if groups == 1 else shape[axis] // groups
+  grid = list(shape)
+  grid[axis] = groups
+  parts = {}
+  if options.pop("learned", False):
+    parts["scale"] = jnp.full(grid, 0.3, jnp.float32)
+  if offset:
+    parts["offset"] = jnp.full(grid, -1.0, jnp.float32)
+  return fake_quantized.FakeQuantized.create(
+    jax.random.normal(key, shape),
+    format_base.FormatOptions(**options),
+    **parts,
+    axis=axis,
+  )
+
+
+def _rotated(key, shape, axis, inner=_plain):
+  return rotated.Rotated(inner(key, shape, axis), 4)
+
+
 _int4 = functools.partial(_quantized, bits=4, groups=4)
+_int8_dynamic = functools.partial(_quantized, activations="int8")
+_fp8_dynamic = functools.partial(_coded, table="e4m3", groups=1, activations="fp8")
 KINDS = {
   "plain": _plain,
   "int8": _quantized,
-  "int8_dynamic": functools.partial(_quantized, activations="int8"),
+  "int8_dynamic": _int8_dynamic,
+  "int8_static": functools.partial(_static, inner=_int8_dynamic),
+  "int4_dynamic": functools.partial(_quantized, bits=4, activations="int4"),
   "int8_asymmetric": functools.partial(_quantized, groups=2, zero=True),
   "int4_groups": _int4,
   "int3": functools.partial(_quantized, bits=3),
@@ -142,11 +201,22 @@ KINDS = {
   "nf4": _coded,
   "nf4_offset": functools.partial(_coded, offset=True, groups=1),
   "e4m3": functools.partial(_coded, table="e4m3", groups=1),
+  "fp8_dynamic": _fp8_dynamic,
+  "fp8_static": functools.partial(_static, inner=_fp8_dynamic),
   "nvfp4": functools.partial(_coded, table="e2m1", groups=4, nested=True),
   "low_rank": _low_rank,
   "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,
   "masked_int4": functools.partial(_masked, inner=_int4),
+  "fake_int4": functools.partial(_fake, bits=4, groups=4),
+  "fake_int8_dynamic": functools.partial(_fake, activations="int8"),
+  "fake_nf4": functools.partial(_fake, format="nf4", groups=4),
+  "fake_lsq": functools.partial(_fake, bits=3, groups=2, learned=True),
+  "fake_lsq_plus": functools.partial(
+    _fake, bits=4, groups=2, learned=True, offset=True
+  ),
+  "rotated": _rotated,
+  "rotated_int4": functools.partial(_rotated, inner=_int4),
 }
 VERBS = ("contract", "transposed", "lookup", "grouped_contract", "conv", "dense")
 
@@ -174,9 +244,19 @@ def _case(verb, make):
       return make(key, (IN, OUT), -2), lambda w, x: verbs.dense(w), x_BLI
 
 
+# Where activations are rounded; everything else is the same function.
+ROUNDED = {
+  "int8_dynamic": 2e-2,
+  "fake_int8_dynamic": 2e-2,
+  "int8_static": 3e-2,
+  "int4_dynamic": 0.3,
+  "fp8_dynamic": 0.06,
+  "fp8_static": 0.06,
+}
+
+
 def _tolerance(name):
-  # Dynamic activations are rounded to 8 bits; everything else is the same function.
-  return 2e-2 if name == "int8_dynamic" else 1e-5
+  return ROUNDED.get(name, 1e-5)
 
 
 def _close(a, b, tolerance):
@@ -206,8 +286,8 @@ def test_equals_the_dense_weight_and_jit(case):
   _close(jax.jit(fn)(w, x), fn(w, x), 1e-5)
 
 
-# A lookup has no gradient to its ids, and rounding activations to int8 has none.
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "int8_dynamic"])
+# A lookup has no gradient to its ids; that of rounded activations is straight through.
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", ["contract", "transposed", "grouped_contract"])
 def test_gradient_to_activations(kind, verb):
   w, fn, x = _case(verb, KINDS[kind])

@@ -1,16 +1,50 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 from effjax.optim import base
+from effjax.optim import config as optim_config
+from effjax.weights.formats import base as format_base
+from effjax.weights.leaves import fake_quantized
 
 
 def test_decay_mask_goes_by_kind(toy):
-  mask = base.decay_mask(toy.specs)
+  params = toy.random_like(toy.specs, 0)
+  mask = base.decay_mask(toy.specs)(params)
   layer = mask["run_0"]["layer_0"]
   decayed = {name for name, decays in layer.items() if decays}
   assert decayed == {"conv", "o", "q"}
   assert mask["embed"]["table"]
-  assert not base.decay_mask(toy.specs, decay_embedding=False)["embed"]["table"]
+  without = base.decay_mask(toy.specs, decay_embedding=False)(params)
+  assert not without["embed"]["table"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lamb", "lion", "muon", "sgd"])
+def test_steps_do_not_decay_and_are_no_matrices(toy, name):
+  specs = {"w": toy.make_spec("matrix", ("embed", "mlp"), (8, 4))}
+  leaf = fake_quantized.FakeQuantized.create(
+    jnp.ones((8, 4)), format_base.FormatOptions(bits=4), jnp.full((1, 4), 0.5)
+  )
+  rate, no_gradient = 0.1, jax.tree.map(jnp.zeros_like, {"w": leaf})
+  config = optim_config.OptimizerConfig(
+    name=name, learning_rate=rate, schedule="constant", options={"weight_decay": 0.5}
+  )
+  tx, _ = optim_config.build(config, specs, 5)
+  params = {"w": leaf}
+  updates, _ = tx.update(no_gradient, tx.init(params), params)
+  assert float(jnp.max(updates["w"].values)) < 0
+  np.testing.assert_array_equal(updates["w"].scale, 0)
+  if name != "muon":
+    return
+  # Adam's first updates have one size; those of an orthogonalised row would not.
+  some = {"w": dataclasses.replace(leaf, scale=jnp.asarray([[1e-2, -1e-3, 1e-2, 0]]))}
+  updates, _ = tx.update(some, tx.init(params), params)
+  found = updates["w"].scale
+  np.testing.assert_allclose(found, [[-rate, rate, -rate, 0]], rtol=1e-4, atol=0)
 
 
 def test_holes_stay_and_a_leaf_of_several_arrays_shares_its_spec(toy):

@@ -11,8 +11,8 @@ NS is five steps of the quintic Newton-Schulz iteration (effjax.optim.newton_sch
 Scaling the momentum changes nothing, so it needs no bias correction (optax's
 `contrib.muon` has one, which differs slightly under Nesterov's form). Parameters of
 kind "matrix", `[*stack, in, out]`, are orthogonalised matrix by matrix, in one batched
-product over the stack; embeddings, convolutions, norms, biases and state space
-parameters follow AdamW.
+product over the stack; embeddings, convolutions, norms, biases, step sizes and state
+space parameters follow AdamW.
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def make(
     mu_dtype=options.momentum_dtype,
   )
   muon = scale_by_muon(specs, options)
-  labels = jax.tree.map(
-    lambda spec: "muon" if spec.kind == "matrix" else "adamw", specs
+  labels = base.labels(
+    specs, lambda spec: "muon" if spec.kind == "matrix" else "adamw", "adamw"
   )
   rules = {
     "muon": optax.chain(muon, decay, rate),

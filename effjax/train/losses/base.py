@@ -31,8 +31,42 @@ class Loss(NamedTuple):
   collections: dict[str, Any]
 
 
-# loss_fn(model, variables, batch, rng); variables are {"params": ..., "state": ...}.
-LossFn = Callable[[nn.Module, Mapping[str, Any], Mapping[str, jax.Array], Any], Loss]
+# loss_fn(model, variables, batch, rng); variables are {"params": ..., "state": ...}. A
+# loss that needs a teacher gets it as the keyword `teacher`, in every call.
+LossFn = Callable[..., Loss]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A model that is learned from and stays as it is.
+
+  The train step passes its parameters as an argument of the compiled function: they
+  are no constants of it, no part of the train state, and in no checkpoint.
+
+  Attributes:
+    model: Linen module; the step gives it the precision of the student.
+    params: its parameters, of any leaf kinds, already placed.
+  """
+
+  model: nn.Module
+  params: Any
+
+  def apply(self, batch: Mapping[str, jax.Array], **kwargs: Any) -> Any:
+    """The model's output for a batch, without noise and without gradients.
+
+    Args:
+      batch: see data.pipeline.
+      **kwargs: more arguments of the model's call, such as `readout`.
+    """
+    params = jax.tree.map(jax.lax.stop_gradient, self.params)
+    output, _ = self.model.apply(
+      {"params": params},
+      batch["inputs"],
+      positions=batch.get("positions"),
+      segments=batch.get("segments"),
+      **kwargs,
+    )
+    return output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +76,12 @@ class LossTechnique:
   Attributes:
     make: `make(options) -> loss_fn`, see LossFn.
     options_cls: frozen dataclass of its options, every field with a default.
+    needs_teacher: whether it learns from a teacher; else it takes none.
   """
 
   make: Callable[[Any], LossFn]
   options_cls: type
+  needs_teacher: bool = False
 
   def options(self, values: Mapping[str, Any], path: str = "loss_options") -> Any:
     """Validated options; raises InputError with one line."""

@@ -129,6 +129,31 @@ def summed_over_chunks(
   Returns:
     Float32 scalar. Its gradient reaches x_BLD and the floating arrays of `head`.
   """
+  token_sum = lambda logits, rows: jnp.sum(nll_of(logits, rows[0]) * rows[1])
+  rows = (targets_BL, weights_BL)
+  return sums_over_chunks(token_sum, head_fn, x_BLD, head, rows, chunk)
+
+
+def sums_over_chunks(
+  token_sum: Callable[[jax.Array, Any], Any],
+  head_fn: Callable[[jax.Array, Any], jax.Array],
+  x_BLD: jax.Array,
+  head: Any,
+  rows: Any,
+  chunk: int,
+) -> Any:
+  """What `token_sum` gives for the logits of all tokens, a chunk at a time.
+
+  Args:
+    token_sum: `token_sum(logits, rows)`, a float32 scalar or a tuple of them, each a
+      sum over tokens; the first is what may be differentiated, the others get no
+      gradient.
+    head_fn, x_BLD, head, chunk: see `summed_over_chunks`.
+    rows: pytree of what else a token has, `[B, L, ...]`; gets no gradient.
+
+  Returns:
+    What `token_sum` returns, over all tokens.
+  """
   batch, length, _ = x_BLD.shape
   parts = next(
     n
@@ -144,45 +169,55 @@ def summed_over_chunks(
   is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
   fixed = [None if is_float(a) else a for a in leaves]
 
-  def chunk_sum(x, floating, targets, weights):
+  def chunk_sum(x, floating, rows):
     given = iter(floating)
     arrays = [next(given) if a is None else a for a in fixed]
     logits = head_fn(x, jax.tree.unflatten(treedef, arrays))
-    return jnp.sum(nll_of(logits, targets) * weights)
+    return token_sum(logits, rows)
 
   floating = [a for a in leaves if is_float(a)]
-  return _chunked_sum(
-    chunk_sum, split(x_BLD), floating, split(targets_BL), split(weights_BL)
-  )
+  return _chunked_sum(chunk_sum, split(x_BLD), floating, jax.tree.map(split, rows))
 
 
-def _chunked_sum(chunk_sum, x, floating, targets, weights):
+def _chunked_sum(chunk_sum, x, floating, rows):
   """`sum_i chunk_sum(x[i], floating, ...)`, differentiated while it is computed."""
+  add = lambda a, b: a + b.astype(jnp.float32)
+
+  def zeros_of(tree):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
+
+  def first_and_all(x, floating, rows):
+    sums = chunk_sum(x, floating, rows)
+    return jax.tree.leaves(sums)[0], sums
+
+  gradient_fn = jax.value_and_grad(first_and_all, argnums=(0, 1), has_aux=True)
+  one = lambda x, rows: chunk_sum(x[0], floating, jax.tree.map(lambda a: a[0], rows))
+  start = zeros_of(jax.eval_shape(one, x, rows))
 
   @jax.custom_vjp
-  def total(x, floating):
-    body = lambda acc, xs: (acc + chunk_sum(xs[0], floating, *xs[1:]), None)
-    return jax.lax.scan(body, jnp.float32(0), (x, targets, weights))[0]
+  def total(x, floating, rows):
+    def body(sums, xs):
+      return jax.tree.map(add, sums, chunk_sum(xs[0], floating, xs[1])), None
 
-  def forward(x, floating):
+    return jax.lax.scan(body, start, (x, rows))[0]
+
+  def forward(x, floating, rows):
     def body(carry, xs):
-      acc, sums = carry
-      part, (dx, new) = jax.value_and_grad(chunk_sum, argnums=(0, 1))(
-        xs[0], floating, *xs[1:]
-      )
-      sums = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, new)
-      return (acc + part, sums), dx
+      (_, sums), (dx, new) = gradient_fn(xs[0], floating, xs[1])
+      return jax.tree.map(add, carry, (sums, new)), dx
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), floating)
-    (acc, sums), dx = jax.lax.scan(body, (jnp.float32(0), zeros), (x, targets, weights))
-    sums = jax.tree.map(lambda s, a: s.astype(a.dtype), sums, floating)
-    return acc, (dx, sums)
+    carry = (start, zeros_of(floating))
+    (sums, gradients), dx = jax.lax.scan(body, carry, (x, rows))
+    gradients = jax.tree.map(lambda g, a: g.astype(a.dtype), gradients, floating)
+    return sums, (dx, gradients)
 
-  def backward(gradients, cotangent):
-    return jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+  def backward(gradients, cotangents):
+    cotangent = jax.tree.leaves(cotangents)[0]
+    scaled = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    return (*scaled, None)
 
   total.defvjp(forward, backward)
-  return total(x, floating)
+  return total(x, floating, rows)
 
 
 TECHNIQUE = base.LossTechnique(cross_entropy, CrossEntropyOptions)
