@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+# Arrays [B, G, S, ...] in any pytree; for some of new tokens [B, L, G, ...].
+Held = Any
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -61,10 +64,8 @@ def append(
   capacity = cache.k_BGSK.shape[2]
   slots_BL = cache.length_B[:, None] + jnp.arange(valid_BL.shape[1])[None, :]
   k_BGSK, v_BGSK = write(
-    cache.k_BGSK,
-    cache.v_BGSK,
-    k_BLGK,
-    v_BLGK,
+    (cache.k_BGSK, cache.v_BGSK),
+    (k_BLGK, v_BLGK),
     slots_BL,
     valid_BL & (slots_BL < capacity),
   )
@@ -72,55 +73,37 @@ def append(
   return KVCache(k_BGSK=k_BGSK, v_BGSK=v_BGSK, length_B=cache.length_B + seen_B)
 
 
-def write(
-  k_BGSK: jax.Array,
-  v_BGSK: jax.Array,
-  k_BLGK: jax.Array,
-  v_BLGK: jax.Array,
-  slots_BL: jax.Array,
-  kept_BL: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """New keys and values in the given slots of the old ones.
+def write(held: Held, new: Held, slots_BL: jax.Array, kept_BL: jax.Array) -> Held:
+  """New entries in the given slots of the old ones.
 
   Args:
-    k_BGSK, v_BGSK: what is held.
-    k_BLGK, v_BLGK: what is new.
+    held: arrays `[B, G, S, ...]`, in any pytree.
+    new: `[B, L, G, ...]`, one for each that is held.
     slots_BL: int32, where; different for every kept token of a row.
     kept_BL: bool; the others are not written.
   """
-  args = (k_BGSK, v_BGSK, k_BLGK, v_BLGK, slots_BL, kept_BL)
+  args = (held, new, slots_BL, kept_BL)
   if kept_BL.shape[1] > 1:
     return _write_scattered(*args)
   return jax.lax.platform_dependent(*args, cpu=_write_rows, default=_write_scattered)
 
 
 def _write_scattered(
-  k_BGSK: jax.Array,
-  v_BGSK: jax.Array,
-  k_BLGK: jax.Array,
-  v_BLGK: jax.Array,
-  slots_BL: jax.Array,
-  kept_BL: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+  held: Held, new: Held, slots_BL: jax.Array, kept_BL: jax.Array
+) -> Held:
   """One scatter for all rows and tokens."""
-  slots_BL = jnp.where(kept_BL, slots_BL, k_BGSK.shape[2])
+  capacity = jax.tree.leaves(held)[0].shape[2]
+  slots_BL = jnp.where(kept_BL, slots_BL, capacity)
   rows_B1 = jnp.arange(len(slots_BL))[:, None]
 
   def put(old_BGSK: jax.Array, new_BLGK: jax.Array) -> jax.Array:
     new_BLGK = new_BLGK.astype(old_BGSK.dtype)
     return old_BGSK.at[rows_B1, :, slots_BL].set(new_BLGK, mode="drop")
 
-  return put(k_BGSK, k_BLGK), put(v_BGSK, v_BLGK)
+  return jax.tree.map(put, held, new)
 
 
-def _write_rows(
-  k_BGSK: jax.Array,
-  v_BGSK: jax.Array,
-  k_B1GK: jax.Array,
-  v_B1GK: jax.Array,
-  slots_B1: jax.Array,
-  kept_B1: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _write_rows(held: Held, new: Held, slots_B1: jax.Array, kept_B1: jax.Array) -> Held:
   """One token a row, row by row, in place on XLA's CPU backend.
 
   That backend fuses a scatter or slice update into each of its consumers, the new cache
@@ -128,7 +111,7 @@ def _write_rows(
   bound it does not know: no rows if nothing is kept.
   """
 
-  def write_row(row: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  def write_row(row: jax.Array, held: Held) -> Held:
     start = (row, 0, slots_B1[row, 0], 0)
 
     def put(old_BGSK: jax.Array, new_B1GK: jax.Array) -> jax.Array:
@@ -138,7 +121,7 @@ def _write_rows(
       new = jnp.where(kept_B1[row, 0], new, old)
       return jax.lax.dynamic_update_slice(old_BGSK, new, start)
 
-    return put(caches[0], k_B1GK), put(caches[1], v_B1GK)
+    return jax.tree.map(put, held, new)
 
   num_rows = jnp.where(jnp.any(kept_B1), len(kept_B1), 0)
-  return jax.lax.fori_loop(0, num_rows, write_row, (k_BGSK, v_BGSK))
+  return jax.lax.fori_loop(0, num_rows, write_row, held)

@@ -55,9 +55,13 @@ def init(
 
 def positions(cache: WindowCache) -> jax.Array:
   """int32 [B, W]: the position each slot holds, negative where it holds none."""
-  window = cache.k_BGWK.shape[2]
+  return positions_of(cache.length_B, cache.k_BGWK.shape[2])
+
+
+def positions_of(length_B: jax.Array, window: int) -> jax.Array:
+  """The same, of `window` slots a row that have seen so many tokens."""
   slots_1W = jnp.arange(window)[None]
-  newest_B1 = cache.length_B[:, None] - 1
+  newest_B1 = length_B[:, None] - 1
   # The last position up to the newest that falls into the slot.
   return newest_B1 - (newest_B1 - slots_1W) % window
 
@@ -155,6 +159,6 @@ def append(
   positions_BL = cache.length_B[:, None] + jnp.arange(valid_BL.shape[1])[None, :]
   kept_BL = valid_BL & (positions_BL >= grown_B[:, None] - window)
   k_BGWK, v_BGWK = kv.write(
-    cache.k_BGWK, cache.v_BGWK, k_BLGK, v_BLGK, positions_BL % window, kept_BL
+    (cache.k_BGWK, cache.v_BGWK), (k_BLGK, v_BLGK), positions_BL % window, kept_BL
   )
   return WindowCache(k_BGWK=k_BGWK, v_BGWK=v_BGWK, length_B=grown_B)

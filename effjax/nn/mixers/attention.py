@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from effjax.core import config, errors
 from effjax.core.shard import shard
 from effjax.nn import norm
-from effjax.nn.caches import kv
+from effjax.nn.caches import kv, quantized
 from effjax.nn.caches import window as window_cache
 from effjax.ops.attention import alibi, patterns
 from effjax.ops.attention import api as attention_ops
@@ -34,7 +34,9 @@ from effjax.weights import weight as weight_lib
 
 POSITIONS = ("rope", "alibi", "none")
 
-Cache = kv.KVCache | window_cache.WindowCache
+CACHES = ("float", *quantized.FORMATS)
+
+Cache = kv.KVCache | window_cache.WindowCache | quantized.QuantizedCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,12 @@ class AttentionOptions:
     window: tokens a query sees, itself included, or None for all; a causal model then
       keeps a rolling cache of so many.
     implementation: "auto", or one of effjax.ops.attention.api; does not change results.
+    kv_cache: how a causal model keeps keys and values: "float" in the dtype it computes
+      in, or rounded to "int8" or "int4" (effjax.nn.caches.quantized). They are rounded
+      without a state, too, so that quality is that of decoding; gradients go straight
+      through.
+    kv_group: entries of a head that share a scale there; 0 for all, None for the
+      format's default.
   """
 
   num_heads: int = 4
@@ -72,6 +80,8 @@ class AttentionOptions:
   logit_cap: float | None = None
   window: int | None = None
   implementation: str = "auto"
+  kv_cache: str = "float"
+  kv_group: int | None = None
 
   def __post_init__(self):
     for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qk_norm_eps"):
@@ -84,6 +94,7 @@ class AttentionOptions:
     for name, value, allowed in (
       ("position", self.position, POSITIONS),
       ("attention implementation", self.implementation, attention_ops.NAMES),
+      ("kv_cache", self.kv_cache, CACHES),
     ):
       if value not in allowed:
         raise errors.unknown(name, value, allowed)
@@ -104,6 +115,17 @@ class AttentionOptions:
       window is None or window >= 1,
       f"window={window} must be at least 1, or None for no window",
     )
+    config.require(
+      self.kv_group is None or self.held is not None,
+      f"kv_group={self.kv_group} needs kv_cache='int8' or 'int4', got 'float'",
+    )
+
+  @property
+  def held(self) -> quantized.HeadFormat | None:
+    """How the cache holds a head, or None as it is."""
+    if self.kv_cache == "float":
+      return None
+    return quantized.head_format(self.kv_cache, self.head_dim, self.kv_group)
 
   def has_bias(self, name: str) -> bool:
     """Whether the projection `name` has a bias."""
@@ -122,7 +144,8 @@ class Keys(NamedTuple):
   """What a layer lends to those that have no keys and values of their own.
 
   Attributes:
-    k_BLGK: keys of the tokens at hand, rotated.
+    k_BLGK: keys of the tokens at hand, rotated; without a cache also rounded, if one
+      would hold them so.
     v_BLGK: their values.
     cache: None without a state; of full attention the cache with these tokens in it, of
       a window the one without them.
@@ -184,6 +207,11 @@ class Attention(nn.Module):
     if state is not None and not self.causal:
       raise errors.InputError("bidirectional attention cannot decode step by step")
     opts = self.options
+    config.require(
+      self.causal or opts.kv_cache == "float",
+      f"bidirectional attention keeps no cache: kv_cache={opts.kv_cache!r} must be "
+      "'float'",
+    )
     q_BLHK = self._heads(x_BLD, "q", opts.num_heads, "heads")
     q_BLHK = self._placed(q_BLHK, "q_norm", positions)
     if shared is not None:
@@ -191,7 +219,10 @@ class Attention(nn.Module):
       return self._output(y_BLHK, None), state
     keys = self._keys(x_BLD, state, positions, segments)
     y_BLHK, state = self._attend(q_BLHK, keys, segments)
-    y_BLD = self._output(y_BLHK, "v")
+    # Values that are lent have readers in other layers, too, and rounding is not linear
+    # in the scale of a channel.
+    own = not lend and self.options.held is None
+    y_BLD = self._output(y_BLHK, "v" if own else None)
     return (y_BLD, state, keys) if lend else (y_BLD, state)
 
   def _attend(
@@ -219,12 +250,21 @@ class Attention(nn.Module):
       return window_cache.attend(
         cache, q_BLHK, k_BLGK, v_BLGK, segments > 0, pattern=pattern, **extras
       )
+    if isinstance(cache, quantized.QuantizedCache) and cache.rolling:
+      args = (q_BLHK, k_BLGK, v_BLGK, segments > 0, opts.held)
+      return quantized.attend_window(cache, *args, pattern=pattern, **extras)
     before_B = cache.length_B - jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+    places_BL = before_B[:, None] + jnp.arange(q_BLHK.shape[1])[None, :]
+    if isinstance(cache, quantized.QuantizedCache):
+      y_BLHK = quantized.attend(
+        cache, q_BLHK, places_BL, opts.held, pattern=pattern, **extras
+      )
+      return y_BLHK, cache
     y_BLHK = attention_ops.cached_attention(
       q_BLHK,
       cache.k_BGSK,
       cache.v_BGSK,
-      before_B[:, None] + jnp.arange(q_BLHK.shape[1])[None, :],
+      places_BL,
       cache.length_B,
       pattern=pattern,
       **extras,
@@ -239,11 +279,16 @@ class Attention(nn.Module):
     segments: jax.Array,
   ) -> Keys:
     """This layer's own keys and values, in the cache if it holds all of them."""
+    held = self.options.held
     k_BLGK = self._heads(x_BLD, "k", self.options.num_kv_heads, "kv")
     k_BLGK = self._placed(k_BLGK, "k_norm", positions)
     v_BLGK = self._heads(x_BLD, "v", self.options.num_kv_heads, "kv")
     if isinstance(cache, kv.KVCache):
       cache = kv.append(cache, k_BLGK, v_BLGK, segments > 0)
+    elif isinstance(cache, quantized.QuantizedCache) and not cache.rolling:
+      cache = quantized.append(cache, k_BLGK, v_BLGK, segments > 0, held)
+    elif cache is None and held is not None:
+      k_BLGK, v_BLGK = held.rounded(k_BLGK), held.rounded(v_BLGK)
     return Keys(k_BLGK, v_BLGK, cache)
 
   def _placed(self, x_BLHK: jax.Array, name: str, positions: jax.Array) -> jax.Array:
@@ -308,11 +353,22 @@ class Attention(nn.Module):
   def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> Cache:
     """An empty cache for `max_len` tokens, or for a window of them."""
     opts = self.options
-    sizes = (opts.head_dim, jnp.dtype(dtype))
-    if self.causal and opts.window is not None:
-      slots = min(opts.window, max_len)
-      return window_cache.init(batch, opts.num_kv_heads, slots, *sizes)
-    return kv.init(batch, opts.num_kv_heads, max_len, *sizes)
+    if not self.causal or opts.window is None:
+      return self._full_cache(batch, max_len, dtype)
+    slots = min(opts.window, max_len)
+    if opts.held is not None:
+      return quantized.init(batch, opts.num_kv_heads, slots, opts.held, rolling=True)
+    return window_cache.init(batch, opts.num_kv_heads, slots, opts.head_dim, dtype)
+
+  @nn.nowrap
+  def _full_cache(
+    self, batch: int, max_len: int, dtype: DTypeLike
+  ) -> kv.KVCache | quantized.QuantizedCache:
+    """An empty cache of every token."""
+    opts = self.options
+    if opts.held is not None:
+      return quantized.init(batch, opts.num_kv_heads, max_len, opts.held)
+    return kv.init(batch, opts.num_kv_heads, max_len, opts.head_dim, dtype)
 
   @nn.nowrap
   def attention_problem(

@@ -15,7 +15,6 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from effjax.core import config
-from effjax.nn.caches import kv
 from effjax.nn.mixers import attention
 from effjax.ops.attention import patterns
 
@@ -84,10 +83,9 @@ class BigBird(attention.Attention):
   options: BigBirdOptions
 
   @nn.nowrap
-  def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> kv.KVCache:
+  def init_state(self, batch: int, max_len: int, dtype: DTypeLike) -> attention.Cache:
     """An empty cache for `max_len` tokens."""
-    opts = self.options
-    return kv.init(batch, opts.num_kv_heads, max_len, opts.head_dim, dtype)
+    return self._full_cache(batch, max_len, dtype)
 
 
 TECHNIQUE = BigBird

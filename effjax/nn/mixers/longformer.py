@@ -55,6 +55,11 @@ class LongformerOptions(attention.AttentionOptions):
       f"num_global={self.num_global} must be at least 1; without global tokens it is "
       "attention with a window",
     )
+    config.require(
+      self.kv_cache == "float",
+      f"longformer keeps its two caches as floats: kv_cache={self.kv_cache!r} must be "
+      "'float'; attention with a window can round them",
+    )
 
   def pattern(self, causal: bool) -> patterns.Longformer:
     """Who sees whom."""
@@ -139,7 +144,8 @@ class Longformer(attention.Attention):
       state = LongformerState(local=local, far=far)
     far_BL11 = (places_BL < self.options.num_global)[:, :, None, None]
     y_BLHK = jnp.where(far_BL11, far_BLHK, y_BLHK)
-    return self._output(y_BLHK, "v"), state
+    # `o` contracts the values of both sets, so it reads no one weight.
+    return self._output(y_BLHK, None), state
 
   def _far(
     self,

@@ -73,7 +73,8 @@ class Gelu(nn.Module):
     h_BLF = shard(h_BLF, ("batch", "length", "mlp"))
     h_BLF = nn.gelu(h_BLF, approximate=self.options.approximate)
     axes = ("mlp", "embed")
-    return self._project(h_BLF, "down", axes, self.embed_dim, "up", self.out_scale)
+    # GELU is not linear in a channel's scale: `down` reads nothing that could move.
+    return self._project(h_BLF, "down", axes, self.embed_dim, "", self.out_scale)
 
   def _project(
     self,

@@ -100,7 +100,7 @@ def cached_attention(
   require(pattern.causal, f"{pattern} looks ahead: it cannot decode step by step")
   scale = head_dim**-0.5 if scale is None else scale
   slots_BS = jnp.arange(kv_len)[None] if kv_positions_BS is None else kv_positions_BS
-  if q_len > 1 and q_len * kv_len >= _MANY_PAIRS:
+  if is_blockwise(q_len, kv_len):
     held_BS = (slots_BS >= 0) & (slots_BS < length_B[:, None])
     return blockwise.attention(
       q_BLHK.astype(k_BGSK.dtype),
@@ -134,3 +134,8 @@ def cached_attention(
   )
   y_BLGRW = y_BGRLW[:, :, :, :q_len].transpose(0, 3, 1, 2, 4)
   return y_BLGRW.reshape(num_rows, q_len, num_heads, -1).astype(q_BLHK.dtype)
+
+
+def is_blockwise(q_len: int, kv_len: int) -> bool:
+  """Whether so many queries and slots go through `blockwise`, and not in one block."""
+  return q_len > 1 and q_len * kv_len >= _MANY_PAIRS

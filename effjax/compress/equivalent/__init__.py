@@ -1,0 +1,1 @@
+"""Transforms that move scales and rotations between weights, not the function."""
