@@ -75,7 +75,7 @@ def test_dynamic_activations_are_recorded_on_the_leaf(params):
     ({"group": 12}, "table: group 12 does not divide"),
     ({"bits": 9}, "bits=9"),
     ({"activations": "int8", "group": 8}, "needs group=0"),
-    ({"activations": "int4"}, "unknown activations"),
+    ({"activations": "int5"}, "unknown activations"),
     ({"where": {"kind": "norm"}}, "cannot quantize norm"),
   ],
 )
