@@ -6,6 +6,7 @@ judge it printed below the table.
 Examples:
   effjax bench decode            one model in effjax, llama.cpp and others
   effjax bench loop --json       the training loop's cost outside the compiled step
+  effjax bench quantize          error and time of quantizing, beside qwix
   effjax bench mixers --plot mixers.png   every mixer by length, with its curves
   effjax bench decode --quick    tiny shapes: does it run? (the numbers mean nothing)
 """
@@ -39,7 +40,12 @@ def main(args: argparse.Namespace) -> None:
     raise errors.InputError(f"--plot: suite {args.suite!r} has no curves to draw")
   if args.plot and not pathlib.Path(args.plot).parent.is_dir():
     raise errors.InputError(f"--plot {args.plot}: its folder does not exist")
-  table = bench(quick=args.quick)
+  made = bench(quick=args.quick)
+  tables = made if isinstance(made, list) else [made]
   if args.plot:
-    table.draw(bench.curves, args.plot)
-  print(json.dumps(dataclasses.asdict(table)) if args.json else table.markdown())
+    tables[0].draw(bench.curves, args.plot)
+  if not args.json:
+    print("\n\n".join(table.markdown() for table in tables))
+    return
+  plain = [dataclasses.asdict(table) for table in tables]
+  print(json.dumps(plain if isinstance(made, list) else plain[0]))
