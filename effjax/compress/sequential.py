@@ -78,9 +78,7 @@ def transform(
     outside = blocks_lib.outside(flat)
     about = {key: specs[key] for key in outside}
     flat |= change.fn(outside, about, found, frozenset(rest), options)
-  if model.runs is None:
-    return model, flat
-  return layers_lib.restack(unrolled, flat)
+  return layers_lib.restack_like(model, unrolled, flat)
 
 
 def _steps(

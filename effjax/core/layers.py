@@ -139,6 +139,25 @@ def restack(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, A
   return model.with_runs(runs), tree_lib.unflatten(flat)
 
 
+def restack_like(
+  model: Model, unrolled: Model, params: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any]]:
+  """Layers stacked as a model had them, or anew if other layers are equal now.
+
+  Args:
+    model: as it was before `unstack`; where it was unrolled, nothing is stacked.
+    unrolled: the unrolled model the parameters belong to.
+    params: its parameters.
+
+  Returns:
+    `model` itself unless layers are scanned differently, and the parameters.
+  """
+  if model.runs is None:
+    return model, dict(params)
+  again, stacked = restack(unrolled, params)
+  return (model if again.runs == model.runs else again), stacked
+
+
 def places(runs: Sequence[Run]) -> dict[tuple[str, str], list[int]]:
   """For each `(run_<i>, layer_<j>)`, the numbers of the layers stacked there."""
   found = {}

@@ -267,6 +267,7 @@ H = jnp.eye(64)
     (_stats(-H), {}, "w: no damping up to 1000 of the mean"),
     (_stats(H[:32, :32]), {}, r"has shape \(32, 32\), not \(64, 64\)"),
     (_stats(H, count=0.0), {}, "w: calibration gave it no token"),
+    (_stats(H, count=63.0), {}, "w: calibration gave it 63 tokens, fewer than its 64"),
     (_stats(H), {"group": 12}, "w: group 12 does not divide .* legal group is 8"),
     (_stats(H), {"bits": 7}, "bits=7 must be one of"),
     (_stats(H), {"damping": -1.0}, "damping=-1.0 must not be negative"),

@@ -35,25 +35,34 @@ def _apply(name, params, where=WHERE, **options):
   return registry.find(name)(params, SPECS, where=where, options=options)
 
 
-# In floats a mean depends on the order of its terms, which the compiler picks.
-@pytest.mark.parametrize("name", core_registry.names(base.FORMATS))
-def test_hardened_at_once_is_round_to_nearest(params, name):
-  fake = _apply("qat", params, format=name)
+_EVERY = [{"format": name} for name in core_registry.names(base.FORMATS)]
+_MORE = [
+  {"bits": 4, "group": 16},
+  {"bits": 3, "symmetric": False},
+  {"format": "ternary", "group": 16, "per_tensor": False},
+  {"format": "nf4", "group": 16, "double_group": 8},
+  {"format": "fp8", "variant": "e5m2"},
+  {"format": "mxfp4", "scale_rule": "even"},
+]
+
+
+@pytest.mark.parametrize("options", _EVERY + _MORE, ids=str)
+def test_hardened_at_once_is_round_to_nearest(params, options):
+  fake = _apply("qat", params, **options)
   assert isinstance(fake["w"], fake_quantized.FakeQuantized)
   np.testing.assert_array_equal(fake["table"].values, params["table"])
   hard = registry.find("harden")(fake, SPECS)
-  expected = _apply("rtn", params, format=name)
+  expected = _apply("rtn", params, **options)
   assert jax.tree.structure(hard) == jax.tree.structure(expected)
   for a, b in zip(jax.tree.leaves(hard), jax.tree.leaves(expected), strict=True):
-    mean = name == "ternary" and a.dtype == jnp.float32
-    np.testing.assert_allclose(a, b, rtol=3e-7 if mean else 0, atol=0)
+    np.testing.assert_array_equal(a, b)
 
 
 def _small():
   model = decoder.Decoder(
     config.DecoderConfig(
       vocab_size=32,
-      embed_dim=16,
+      embed_dim=64,
       num_layers=2,
       pattern=("attention",),
       mixer_options={"attention": {"head_dim": 8}},
@@ -64,6 +73,13 @@ def _small():
   return model, jax.jit(model.init)(jax.random.key(1), tokens_BL)["params"], tokens_BL
 
 
+_SLOW = [("qat", options) for options in _EVERY + _MORE] + [
+  ("qat", {"bits": 4, "activations": "int4"}),
+  ("qat", {"format": "fp8", "activations": "fp8"}),
+  ("lsq", {"bits": 2, "group": 16}),
+]
+
+
 @pytest.mark.parametrize(
   ("name", "options"),
   [
@@ -71,7 +87,9 @@ def _small():
     ("qat", {"activations": "int8"}),
     ("lsq", {"bits": 3, "symmetric": False}),
     ("lsq", {"bits": 4, "activations": "int8"}),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW),
   ],
+  ids=str,
 )
 def test_a_model_computes_the_same_before_and_after_hardening(name, options):
   model, params, tokens_BL = _small()
@@ -87,7 +105,8 @@ def test_a_model_computes_the_same_before_and_after_hardening(name, options):
   np.testing.assert_array_equal(logits, expected)
   assert float(jnp.max(jnp.abs(expected - jax.jit(apply)(params)))) > 1e-4
   dots = [str(jax.make_jaxpr(apply)(tree)).count("int8_dot") for tree in (fake, hard)]
-  assert dots[0] == dots[1] and bool(dots[0]) == ("activations" in options)
+  integers = options.get("activations", "none").startswith("int")
+  assert dots[0] == dots[1] and bool(dots[0]) == integers
 
 
 def test_steps_start_as_the_papers_say(params):

@@ -88,3 +88,10 @@ def test_quantizing_twice_is_refused(params):
   once = _rtn(params)
   with pytest.raises(errors.InputError, match="already a quantized leaf"):
     _rtn(once)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_refused(params, value):
+  damaged = params | {"table": params["table"].at[3, 1].set(value)}
+  with pytest.raises(errors.InputError, match="table holds infinities or NaNs"):
+    _rtn(damaged, bits=4)

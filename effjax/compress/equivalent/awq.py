@@ -117,7 +117,7 @@ def transform(
       flows, about = (stream, after), {name: of_layers[name]}
       flat[name] = _searched(layer, name, flat[name], about, flows, inside[k], options)
     stream = after
-  return model, _stacked_again(model, flat)
+  return layers_lib.restack_like(model, unrolled, flat)
 
 
 def _searched(
@@ -238,18 +238,6 @@ def _first_rows(
     for name in names
     if name in batches[0]
   }
-
-
-def _stacked_again(model: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The parameters as the model holds them; leaves of a run are alike as before."""
-  if model.runs is None:
-    return dict(flat)
-  params = blocks_lib.outside(flat)
-  for (run, body), members in layers_lib.places(model.runs).items():
-    alike = [flat[f"layer_{k}"] for k in members]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *alike)
-    params.setdefault(run, {})[body] = stacked
-  return params
 
 
 TECHNIQUE = technique.ModelTransform(

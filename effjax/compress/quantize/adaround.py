@@ -124,7 +124,7 @@ def quantize(
     block = _reconstruct.block(layer, specs[name], inside[k], options)
     key = jax.random.fold_in(jax.random.key(options.seed), k)
     made[name], ours = _rounded(name, block, flat[name], ours, full.x_BLD, key)
-  return _stacked(model, unrolled, made)
+  return layers_lib.restack_like(model, unrolled, made)
 
 
 def outcome(
@@ -139,22 +139,12 @@ def outcome(
 
   def trace(params: Mapping[str, Any]) -> dict[str, Any]:
     made = rtn.quantize(params, specs, None, paths, options)
-    stacked, made = _stacked(model, *layers_lib.unstack(model, made))
+    stacked, made = layers_lib.restack_like(model, *layers_lib.unstack(model, made))
     models.append(stacked)
     return made
 
   shapes = jax.eval_shape(trace, dict(params))
   return models[0], shapes
-
-
-def _stacked(
-  model: Any, unrolled: Any, flat: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-  """Layers stacked where the model had them; anew if other layers are equal now."""
-  if model.runs is None:
-    return model, flat
-  again, made = layers_lib.restack(unrolled, flat)
-  return (model if again.runs == model.runs else again), made
 
 
 def _outside(

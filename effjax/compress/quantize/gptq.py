@@ -155,11 +155,11 @@ def _require_tokens(found: Mapping[str, calibrate.InputStats]) -> None:
   With fewer tokens than inputs there are directions that nothing was seen of, in which
   only the damping keeps the weights from going anywhere.
   """
-  counts = {path: stats.count for path, stats in found.items()}
+  counts = {p: stats.count for p, stats in found.items() if stats.hessian is not None}
   if any(isinstance(count, jax.core.Tracer) for count in counts.values()):
     return
   for path, count in jax.device_get(counts).items():
-    tokens, inputs = int(np.max(count)), found[path].square_sum.shape[-1]
+    tokens, inputs = int(np.max(count)), found[path].hessian.shape[-1]
     config.require(
       tokens == 0 or tokens >= inputs,
       f"{path}: calibration gave it {tokens} tokens, fewer than its {inputs} inputs; "

@@ -2,8 +2,7 @@
 
 Codes and scales are those of the last forward pass: every use of a fake-quantized
 weight made this leaf already, so that the model computes what it did before, and no
-floats are left. (A scale that is a mean, such as ternary's, can be an ulp apart: its
-terms are added up in another order for a stack of layers than for one.)
+floats are left.
 """
 
 import dataclasses

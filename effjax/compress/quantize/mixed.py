@@ -157,7 +157,7 @@ def quantize(
       leaf = jax.tree.map(lambda a, i=unit.index: a[i], leaf)
     flat[unit.name] = leaf
   tree = tree_lib.unflatten(flat)
-  return (model, tree) if model.runs is None else layers.restack(unrolled, tree)
+  return layers.restack_like(model, unrolled, tree)
 
 
 def outcome(

@@ -18,6 +18,8 @@ the grid; error at most scale / 2. Uniform affine grids as in Jacob et al. 2018
 (arXiv:1712.05877), eq. 1.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -182,3 +184,23 @@ def narrowed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """
   narrow = x.astype(dtype)
   return narrow if narrow.dtype == x.dtype else jax.lax.optimization_barrier(narrow)
+
+
+def ordered_mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+  """The mean over axes, kept with size 1, whose terms are always added in one order.
+
+  A compiler orders the terms of a sum as it likes, and otherwise for a stack than for
+  one of its matrices: a scale that is a mean would change with it. Halves are added to
+  each other until one is left, `log2(n)` passes.
+  """
+  axes = tuple(sorted(axis % x.ndim for axis in axes))
+  last = range(x.ndim - len(axes), x.ndim)
+  flat = jnp.moveaxis(x, axes, tuple(last))
+  flat = flat.reshape(*flat.shape[: last[0]], -1)
+  count = flat.shape[-1]
+  whole = 1 << (count - 1).bit_length()
+  total = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, whole - count)])
+  while whole > 1:
+    whole //= 2
+    total = total[..., :whole] + total[..., whole:]
+  return jnp.expand_dims(total[..., 0] / count, axes)

@@ -59,7 +59,7 @@ class NF4(_tabled.Tabled):
     scale = _tabled.absmax(x, shrink)
     if not self.double_group:
       return {"scale": rounding.stored(scale, self.scale_dtype)}
-    mean = jnp.mean(scale, axis=(-1, -2, -3), keepdims=True)
+    mean = rounding.ordered_mean(scale, (-1, -2, -3))
     rest = scale - mean
     size = _most(scale.shape[-1], self.double_group)
     blocks = rest.reshape(*rest.shape[:-1], -1, size)

@@ -45,14 +45,14 @@ class Ternary(_uniform.Uniform):
     """The mean magnitude of a whole matrix, where it has one scale."""
     if not self.per_tensor:
       return None
-    return jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(-1, -2, -3), keepdims=True)
+    return rounding.ordered_mean(jnp.abs(x.astype(jnp.float32)), (-1, -2, -3))
 
   def fit(
     self, x: jax.Array, outer: jax.Array | None = None, shrink: Any = 1.0
   ) -> dict[str, jax.Array]:
     """Scales."""
     if outer is None:
-      outer = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-2, keepdims=True)
+      outer = rounding.ordered_mean(jnp.abs(x.astype(jnp.float32)), (-2,))
     return {"scale": rounding.stored(outer * shrink, self.scale_dtype)}
 
   @property
