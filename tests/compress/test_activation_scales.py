@@ -176,8 +176,16 @@ def model():
   ("options", "limit"),
   [
     ({"activations": "int8", "activation_scale": "percentile"}, 0.1),
-    ({"activations": "int4", "bits": 4, "activation_scale": "mse"}, 1.0),
-    ({"format": "fp8", "activations": "fp8", "activation_scale": "absmax"}, 0.2),
+    pytest.param(
+      {"activations": "int4", "bits": 4, "activation_scale": "mse"},
+      1.0,
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {"format": "fp8", "activations": "fp8", "activation_scale": "absmax"},
+      0.2,
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_whole_model(model, options, limit, tmp_path):

@@ -194,7 +194,7 @@ def test_every_dispatch_gives_experts_the_same_statistics():
       mlp_options={"moe": {"num_experts": 3, "hidden_dim": 16, "dispatch": dispatch}},
     )
     model = decoder.Decoder(config)
-    params = model.init(jax.random.key(1), tokens_BL)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), tokens_BL)["params"]
     segments = jnp.ones((2, 8), jnp.int32).at[1, 5:].set(0)
     batch = {"inputs": tokens_BL, "segments": segments}
     found.append(calibrate.calibrate(model, params, [batch], collect=("hessian",)))

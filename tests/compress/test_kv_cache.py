@@ -15,6 +15,7 @@ from effjax.models import config as config_lib
 from effjax.models import decoder, encoder, encoder_config
 from effjax.nn.caches import quantized, recurrent
 from effjax.train import stages
+from tests import selection
 from tests.infer import test_generate as generating
 from tests.models.conftest import small_config
 
@@ -42,7 +43,7 @@ def _caches(model):
   return [layer.mixer_options.get("kv_cache", "none") for layer in model.config.layers]
 
 
-@pytest.mark.parametrize("format", quantized.FORMATS)
+@pytest.mark.parametrize("format", selection.quick(quantized.FORMATS, ("int4",)))
 def test_prefill_and_steps_equal_the_parallel_form(format):
   (model, params), tokens_BL = _model(), TOKENS_BL
   made, same = _applied(model, params, format=format)

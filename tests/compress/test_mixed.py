@@ -191,7 +191,13 @@ def test_layers_differ_and_the_model_runs_and_is_restored(net, made, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
+def _with_more_text(net):
+  """As many tokens as any matrix has inputs, which GPTQ asks for."""
+  return *net[:3], net[3] * 2
+
+
 def test_one_choice_is_the_uniform_transform(net):
+  net = _with_more_text(net)
   model, params, spec_tree, batches = net
   options = {"choices": ({"bits": 4},), "bits_per_weight": 8, "sensitivity": "output"}
   changed, got = registry.find("mixed")(*net, where=WHERE, options=options)
@@ -208,6 +214,7 @@ def test_one_choice_is_the_uniform_transform(net):
 
 
 def test_outputs_suffer_less_from_gptq(net):
+  net = _with_more_text(net)
   options = {"choices": CHOICES[1:2], "bits_per_weight": 6, "sensitivity": "output"}
   where = {"path": "mlp/down$"}
   rtn = mixed.plan(*net, where=where, options=options)

@@ -105,13 +105,13 @@ def test_weights_in_the_order_of_their_use():
 
 def test_layer_by_layer_is_calibrated_on_the_quantized_layers_before():
   """Against doing the same by hand, one layer of an unrolled model after the other."""
-  model, params, batches = made(num_layers=3)
+  model, params, batches = made(num_layers=2)
   gptq, options = transforms.find("gptq"), {"bits": 3}
   args = (gptq, model, params, specs.specs(model), batches)
   _, got = compress.transform(*args, options=options, order="sequential")
   unrolled, flat = layers.unstack(model, params)
   tree = specs.specs(unrolled)
-  for k in range(3):
+  for k in range(2):
     where = {"kind": "matrix", "path": f"layer_{k}/"}
     flat = compress.transform(
       gptq, unrolled, flat, tree, batches, where=where, options=options
@@ -125,7 +125,7 @@ def test_layer_by_layer_is_calibrated_on_the_quantized_layers_before():
   ]
   assert same and min(same) > 0.995
   one_shot = compress.transform(*args, options=options)[1]
-  first, later = ("run_0/layer_0/mlp/down", 0), ("run_0/layer_0/mlp/down", 2)
+  first, later = ("run_0/layer_0/mlp/down", 0), ("run_0/layer_0/mlp/down", 1)
   codes = lambda tree, at: np.asarray(tree_lib.flatten(tree)[at[0]].codes[at[1]])
   assert np.mean(codes(got, first) == codes(one_shot, first)) > 0.995
   assert np.mean(codes(got, later) == codes(one_shot, later)) < 0.995

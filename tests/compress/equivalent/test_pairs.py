@@ -13,6 +13,7 @@ from effjax.core import layers, registry, specs
 from effjax.core import tree as tree_lib
 from effjax.models import config, decoder, encoder, encoder_config
 from effjax.weights.leaves import masked
+from tests import selection
 
 VOCAB = 40
 SMALL = {
@@ -109,7 +110,10 @@ def _moved(model, tree=None):
   return float(jnp.max(jnp.abs(got - logits))) <= limit, producers
 
 
-@pytest.mark.parametrize("mixer", registry.names(config.MIXERS))
+@pytest.mark.parametrize(
+  "mixer",
+  selection.quick(registry.names(config.MIXERS), ("attention", "mla", "mamba2")),
+)
 def test_every_mixer(mixer):
   same, producers = _moved(_decoder(mixer))
   assert same

@@ -15,6 +15,7 @@ from effjax.measure import bytes as bytes_lib
 from effjax.models import config, decoder, encoder, encoder_config
 from effjax.ops.matmul import hadamard
 from effjax.weights.leaves import masked, rotated
+from tests import selection
 
 VOCAB, WIDTH = 40, 32
 # Mixers that only average values over tokens, from one matrix to one other.
@@ -89,7 +90,10 @@ def _mixer_options(name):
   return {name: {key: value for key, value in SMALL.items() if key in fields}}
 
 
-@pytest.mark.parametrize("mixer", registry.names(config.MIXERS))
+@pytest.mark.parametrize(
+  "mixer",
+  selection.quick(registry.names(config.MIXERS), ("attention", "mamba2", "s4d")),
+)
 def test_every_mixer_keeps_its_function_or_is_refused(mixer):
   model, params, spec_tree, tokens_BL = _build(
     pattern=(mixer,), mixer_options=_mixer_options(mixer)

@@ -125,8 +125,17 @@ MIXERS["int8, bigbird"] = (
 )
 
 
+def _marks(name):
+  """One mixer of each kind of cache runs each time."""
+  return () if name in ("int8", "int4, wide window") else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-  ("name", "many_pairs"), [*((name, None) for name in MIXERS), ("int8", 1)]
+  ("name", "many_pairs"),
+  [
+    *(pytest.param(name, None, marks=_marks(name)) for name in MIXERS),
+    ("int8", 1),
+  ],
 )
 def test_prompts_of_any_length_and_steps_equal_the_parallel_form(
   name, many_pairs, monkeypatch

@@ -163,7 +163,9 @@ def test_neighbours_are_around_each_weight(variant):
   assert np.all(low <= high) and np.all(inside | cut) and cut.mean() < 0.2
   found = fmt.decode(fmt.encode(x, grid), grid)
   best = jnp.minimum(jnp.abs(low - x), jnp.abs(high - x))
-  np.testing.assert_allclose(jnp.abs(found - x), best, atol=3e-3)
+  # ggml picks codes before scale and minimum become float16, which moves a value by
+  # 2^-11 of each, here of 5 and 2.5 at most; a tie is off by twice that.
+  np.testing.assert_allclose(jnp.abs(found - x), best, atol=2 * 7.5 * 2**-11)
   codes = stochastic.choose(fmt, x, grid, jax.random.key(0))
   chosen = fmt.decode(codes, grid)
   assert np.all((chosen == low) | (chosen == high))
