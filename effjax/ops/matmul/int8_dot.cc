@@ -1,9 +1,10 @@
 // y[T, F] = x[T, D] . w[F, D]^T on int8 codes, exact in int32, for XLA's CPU backend.
 //
 // Every value of int8 is allowed, -128 too. D may be anything up to where int32 itself
-// overflows (the caller checks). The weight is read as it lies: once from memory for
-// each block of rows of x, never packed into a copy. Work is split over F, on the
-// threads XLA already runs.
+// overflows (the caller checks). With few rows of x the weight is read as it lies; with
+// more, panels of it are rearranged in the first level cache, so that sums of several
+// outputs share a vector. No copy of the whole is ever made. Work is split over F, on
+// the threads XLA already runs.
 //
 // Letters: T rows of x, F rows of w, D codes in a row; R x C the tile of outputs whose
 // sums stay in registers.
@@ -13,105 +14,14 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
+#include "int8_isa.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
-
-// An instruction set: `Held` is how a code of x is kept while it is reused, kStep how
-// many codes of a row one step multiplies, kRows x kCols the largest tile. A sum taken
-// with x + kOffset in place of x is corrected by kOffset times the sum of w.
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-
-// vpdpbusd multiplies unsigned by signed codes: x is held as x + 128. Its sums wrap
-// around like int32, so the correction is exact even if one of them passes 2^31.
-struct Isa {
-  using Held = uint8_t;
-  using Codes = __m512i;
-  using Sum = __m512i;
-  static constexpr int kStep = 64, kRows = 4, kCols = 4, kOffset = 128;
-  static Held Hold(int8_t x) { return static_cast<Held>(x + kOffset); }
-  static Sum Zero() { return _mm512_setzero_si512(); }
-  static Codes Load(const Held* x) { return _mm512_loadu_si512(x); }
-  static Codes Load(const int8_t* w) { return _mm512_loadu_si512(w); }
-  static Sum Step(Sum sum, Codes x, Codes w) { return _mm512_dpbusd_epi32(sum, x, w); }
-  static Codes Offset() { return _mm512_set1_epi8(static_cast<char>(kOffset)); }
-  static int32_t Total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
-};
-
-#elif defined(__AVX2__)
-
-// vpmaddwd on codes widened to int16: the widening of w is shared by the rows of a
-// tile. vpmaddubsw takes twice the codes an instruction but needs as many in all (signs
-// moved to w, pairs widened) and cannot hold -128 * -128 * 2.
-struct Isa {
-  using Held = int16_t;
-  using Codes = __m256i;
-  using Sum = __m256i;
-  static constexpr int kStep = 16, kRows = 3, kCols = 3, kOffset = 0;
-  static Held Hold(int8_t x) { return x; }
-  static Sum Zero() { return _mm256_setzero_si256(); }
-  static Codes Load(const Held* x) {
-    Codes codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    // Stays in a register: compilers would load it again for each product of a tile.
-    asm("" : "+x"(codes));
-    return codes;
-  }
-  static Codes Load(const int8_t* w) {
-    return _mm256_cvtepi8_epi16(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-  }
-  static Sum Step(Sum sum, Codes x, Codes w) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
-  }
-  static Codes Offset() { return Zero(); }
-  static int32_t Total(Sum sum) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum),
-                                 _mm256_extracti128_si256(sum, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
-    return _mm_cvtsi128_si32(half);
-  }
-};
-
-#else
-
-// Plain loops over short arrays, which compilers turn into what the machine has.
-struct Isa {
-  using Held = int8_t;
-  static constexpr int kStep = 16, kRows = 2, kCols = 2, kOffset = 0;
-  struct Codes {
-    int8_t at[kStep];
-  };
-  struct Sum {
-    int32_t at[kStep / 4];
-  };
-  static Held Hold(int8_t x) { return x; }
-  static Sum Zero() { return {}; }
-  static Codes Load(const int8_t* x) {
-    Codes codes;
-    std::memcpy(codes.at, x, kStep);
-    return codes;
-  }
-  static Sum Step(Sum sum, Codes x, Codes w) {
-    for (int i = 0; i < kStep; ++i) sum.at[i / 4] += int32_t{x.at[i]} * w.at[i];
-    return sum;
-  }
-  static Codes Offset() { return {}; }
-  static int32_t Total(Sum sum) {
-    int32_t total = 0;
-    for (int32_t part : sum.at) total += part;
-    return total;
-  }
-};
-
-#endif
 
 constexpr int64_t kStep = Isa::kStep;
 // Rows of x multiplied before the next rows of w are read: as many as half of a first
@@ -119,13 +29,18 @@ constexpr int64_t kStep = Isa::kStep;
 constexpr int64_t kBlockBytes = 16 * 1024;
 // How many tiles ahead the weight is fetched.
 constexpr int64_t kTilesAhead = 2;
+// From how many rows of x on rearranging w pays.
+constexpr int64_t kPanelRows = 12;
+// A panel of w, as long as half of a first level cache holds.
+constexpr int64_t kPanelBytes = 16 * 1024;
 // Products below this many multiplications are not worth waking another thread.
 constexpr int64_t kMultiplicationsPerTask = int64_t{1} << 18;
 // Tasks for each thread, so that one that is interrupted does not hold up the rest.
 constexpr int64_t kTasksPerThread = 4;
 
 struct Product {
-  std::vector<Isa::Held> x;  // [T, stride], rows filled up with what multiplies to 0
+  std::vector<Isa::Held> x;  // [T, stride], rows filled up with zeros
+  std::vector<int32_t> start;  // [T], what w + kOffset in place of w adds, negated
   int64_t stride;
   const int8_t* w;
   int32_t* y;
@@ -134,11 +49,17 @@ struct Product {
   Product(const int8_t* x_codes, const int8_t* w, int32_t* y, int64_t num_t,
           int64_t num_f, int64_t num_d)
       : x(num_t * ((num_d + kStep - 1) / kStep * kStep)),
+        start(num_t),
         stride((num_d + kStep - 1) / kStep * kStep),
         w(w), y(y), num_t(num_t), num_f(num_f), num_d(num_d) {
     for (int64_t t = 0; t < num_t; ++t) {
-      std::transform(x_codes + t * num_d, x_codes + (t + 1) * num_d,
-                     x.begin() + t * stride, Isa::Hold);
+      const int8_t* row = x_codes + t * num_d;
+      std::copy(row, row + num_d, x.begin() + t * stride);
+      if constexpr (Isa::kOffset != 0) {
+        // Unsigned, because wrapping around is meant.
+        const auto sum = std::accumulate(row, row + num_d, uint32_t{0});
+        start[t] = static_cast<int32_t>(-sum * Isa::kOffset);
+      }
     }
   }
 
@@ -149,21 +70,13 @@ struct Product {
   void Tile(int64_t t, int64_t f, const int8_t* later, int64_t every) const {
     const Isa::Held* x_row = x.data() + t * stride;
     const int8_t* w_row = w + f * num_d;
-    Isa::Sum sums[R][C], w_sums[C];
-    for (int c = 0; c < C; ++c) {
-      w_sums[c] = Isa::Zero();
-      for (int r = 0; r < R; ++r) sums[r][c] = Isa::Zero();
-    }
+    Isa::Sum sums[R][C];
+    for (auto& row : sums) std::fill_n(row, C, Isa::Zero());
     auto step = [&](int64_t d, const int8_t* w_step, int64_t w_stride) {
-      decltype(Isa::Load(w_row)) w_codes[C];
-      for (int c = 0; c < C; ++c) {
-        w_codes[c] = Isa::Load(w_step + c * w_stride);
-        if constexpr (Isa::kOffset != 0) {
-          w_sums[c] = Isa::Step(w_sums[c], Isa::Offset(), w_codes[c]);
-        }
-      }
+      Isa::Codes w_codes[C];
+      for (int c = 0; c < C; ++c) w_codes[c] = Isa::LoadW(w_step + c * w_stride);
       for (int r = 0; r < R; ++r) {
-        auto x_codes = Isa::Load(x_row + r * stride + d);
+        auto x_codes = Isa::LoadX(x_row + r * stride + d);
         for (int c = 0; c < C; ++c) {
           sums[r][c] = Isa::Step(sums[r][c], x_codes, w_codes[c]);
         }
@@ -187,12 +100,10 @@ struct Product {
       step(d, rest, kStep);
     }
     for (int c = 0; c < C; ++c) {
-      const int32_t correction = Isa::kOffset != 0 ? Isa::Total(w_sums[c]) : 0;
       for (int r = 0; r < R; ++r) {
-        // Unsigned, because wrapping around is meant.
         y[(t + r) * num_f + f + c] = static_cast<int32_t>(
-            static_cast<uint32_t>(Isa::Total(sums[r][c])) -
-            static_cast<uint32_t>(correction));
+            static_cast<uint32_t>(Isa::Total(sums[r][c])) +
+            static_cast<uint32_t>(start[t + r]));
       }
     }
   }
@@ -208,7 +119,8 @@ struct Product {
     if constexpr (R > 1) Rows<R - 1, C>(t, t_end, f, later, every);
   }
 
-  void Columns(int64_t f, int64_t f_end) const {
+  // Outputs of columns [f, f_end), weights read as they lie.
+  void Whole(int64_t f, int64_t f_end) const {
     const int64_t row_bytes = stride * sizeof(Isa::Held);
     const int64_t rows = std::max<int64_t>(
         kBlockBytes / std::max<int64_t>(row_bytes, 1) / Isa::kRows, 1) * Isa::kRows;
@@ -224,6 +136,114 @@ struct Product {
       }
       for (; c < f_end; ++c) Rows<Isa::kRows, 1>(t, t_end, c, w, every);
     }
+  }
+
+#if defined(__AVX2__)
+  // Codes [f, f + kPanel) x [d, d_end) of w as [codes / 4, kPanel, 4]: then a vector
+  // holds outputs side by side, and sums need no adding up across it.
+  void Pack(int64_t f, int64_t d, int64_t d_end, int8_t* panel) const {
+    for (; d < d_end; d += 32, panel += 8 * 4 * Isa::kPanel) {
+      for (int64_t part = 0; part < Isa::kPanel; part += 8) {
+        __m256i rows[8], pairs[8], fours[8];
+        for (int i = 0; i < 8; ++i) {
+          const int8_t* row = w + (f + part + i) * num_d + d;
+          alignas(32) int8_t rest[32] = {};
+          if (d + 32 > num_d) {
+            std::memcpy(rest, row, num_d - d);
+            row = rest;
+          }
+          rows[i] = Isa::Packed(_mm256_loadu_si256(
+              reinterpret_cast<const __m256i*>(row)));
+        }
+        for (int i = 0; i < 8; i += 2) {
+          pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+          pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+          for (int k = 0; k < 2; ++k) {
+            fours[i + 2 * k] = _mm256_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
+            fours[i + 2 * k + 1] =
+                _mm256_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
+          }
+        }
+        for (int i = 0; i < 4; ++i) {
+          auto at = [&](int group) {
+            return reinterpret_cast<__m256i*>(panel +
+                                              (group * Isa::kPanel + part) * 4);
+          };
+          _mm256_store_si256(
+              at(i), _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20));
+          _mm256_store_si256(
+              at(i + 4), _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31));
+        }
+      }
+    }
+  }
+
+  // Adds to outputs [t, t + R) x [f, f + kPanel) what `fours` groups of codes from d on
+  // contribute.
+  template <int R>
+  void PanelTile(int64_t t, int64_t f, int64_t d, int64_t fours,
+                 const int8_t* panel) const {
+    constexpr int C = Isa::kSums;
+    const Isa::Held* x_row = x.data() + t * stride + d;
+    Isa::Sum sums[R][C];
+    for (auto& row : sums) std::fill_n(row, C, Isa::Zero());
+    for (int64_t g = 0; g < fours; ++g) {
+      Isa::Codes w_codes[C];
+      for (int c = 0; c < C; ++c) {
+        w_codes[c] = Isa::FromPanel(panel + (g * C + c) * (Isa::kPanel * 4 / C));
+      }
+      for (int r = 0; r < R; ++r) {
+        auto x_codes = Isa::FourOfX(x_row + r * stride + 4 * g);
+        // In this order: compilers would load the codes of all rows first, and have no
+        // registers left for the sums.
+        EFFJAX_KEEP_ORDER(x_codes);
+        for (int c = 0; c < C; ++c) {
+          sums[r][c] = Isa::Step(sums[r][c], x_codes, w_codes[c]);
+          EFFJAX_KEEP_ORDER(sums[r][c]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      Isa::Add(sums[r], d == 0 ? start[t + r] : 0, y + (t + r) * num_f + f);
+    }
+  }
+
+  // The same for rows [t, t_end).
+  template <int R>
+  void PanelRows(int64_t t, int64_t t_end, int64_t f, int64_t d, int64_t fours,
+                 const int8_t* panel) const {
+    for (; t + R <= t_end; t += R) PanelTile<R>(t, f, d, fours, panel);
+    if constexpr (R > 1) PanelRows<R - 1>(t, t_end, f, d, fours, panel);
+  }
+
+  // Outputs of columns [f, f_end), a whole number of panels.
+  void Panels(int64_t f, int64_t f_end) const {
+    constexpr int64_t kDepth = kPanelBytes / Isa::kPanel;
+    alignas(64) int8_t panel[kPanelBytes];
+    for (int64_t t = 0; t < num_t; ++t) {
+      std::fill(y + t * num_f + f, y + t * num_f + f_end, 0);
+    }
+    for (; f < f_end; f += Isa::kPanel) {
+      for (int64_t d = 0; d < num_d; d += kDepth) {
+        const int64_t d_end = std::min(d + kDepth, num_d);
+        Pack(f, d, d_end, panel);
+        PanelRows<Isa::kTall>(0, num_t, f, d, (d_end - d + 3) / 4, panel);
+      }
+    }
+  }
+#endif
+
+  void Columns(int64_t f, int64_t f_end) const {
+#if defined(__AVX2__)
+    if (num_t >= kPanelRows) {
+      const int64_t panels = (f_end - f) / Isa::kPanel * Isa::kPanel;
+      Panels(f, f + panels);
+      f += panels;
+    }
+#endif
+    if (f < f_end) Whole(f, f_end);
   }
 };
 

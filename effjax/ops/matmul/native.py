@@ -1,7 +1,8 @@
 """The integer product of `int8_dot.cc`, compiled on first use for this machine's CPU.
 
 XLA's CPU backend rearranges an int8 weight in every call. The kernel reads it as it
-lies, on the threads XLA already runs, and returns the same integers.
+lies, or a panel at a time rearranged in the cache, on the threads XLA already runs, and
+returns the same integers.
 
 It is built by the C++ compiler found ($CXX, c++, g++, clang++), when an int8 product
 is compiled for a CPU and never at import, into `native/` of the cache folder, under a
@@ -38,6 +39,11 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 # Some compilers do not know the first on every machine.
 _CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 _TIMEOUT_SECS = 300
+# Rows, outputs and depths that take every tile, every tail and every panel.
+_CHECKED = (
+  *((1, 5, 1), (2, 3, 31), (3, 9, 64), (7, 6, 257), (9, 4, 96)),
+  *((13, 71, 33), (18, 40, 2100)),
+)
 
 
 class _UnavailableError(Exception):
@@ -83,9 +89,9 @@ def _built() -> pathlib.Path:
   """The shared library for this machine, compiled if the cache has none."""
   compiler = _compiler()
   cpu_flags, target = _cpu(compiler)
-  source = SOURCE.read_bytes()
   parts = (
-    source,
+    SOURCE.read_bytes(),
+    SOURCE.with_name("int8_isa.h").read_bytes(),
     _run([compiler, "--version"]),
     target,
     repr(_FLAGS + cpu_flags).encode(),
@@ -159,9 +165,9 @@ def _plain(library: ctypes.CDLL, x_TD: np.ndarray, w_FD: np.ndarray) -> np.ndarr
 
 
 def _check(path: pathlib.Path, library: ctypes.CDLL) -> None:
-  """Compares with exact products: every tile, every tail, the ends of the range."""
+  """Compares with exact products, the ends of the range among them."""
   rng = np.random.default_rng(0)
-  for rows, outs, depth in ((1, 5, 1), (2, 3, 31), (3, 9, 64), (7, 6, 257), (9, 4, 96)):
+  for rows, outs, depth in _CHECKED:
     x_TD = rng.integers(-128, 128, (rows, depth)).astype(np.int8)
     w_FD = rng.integers(-128, 128, (outs, depth)).astype(np.int8)
     for x, w in ((x_TD, w_FD), (np.full_like(x_TD, -128), np.full_like(w_FD, -128))):

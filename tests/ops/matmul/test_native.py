@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -239,6 +240,7 @@ def test_a_broken_compiler_is_reported_once(
 
 def test_a_library_that_is_wrong_is_refused(unloaded, monkeypatch):
   source = native.SOURCE.read_text()
+  shutil.copy(native.SOURCE.with_name("int8_isa.h"), unloaded)
   broken = unloaded / "broken.cc"
   broken.write_text(source.replace("+ f + c] = ", "+ f + c] = 1 + "))
   assert broken.read_text() != source
@@ -252,6 +254,22 @@ def test_without_flags_for_this_cpu_the_portable_loop_is_exact(unloaded, monkeyp
   monkeypatch.setattr(native, "_CPU_FLAGS", ((),))
   path = native._built()
   native._check(path, native._library(path))  # raises if a product is not exact
+
+
+@pytest.mark.slow
+def test_the_form_for_avx512_is_exact_where_its_instructions_are_emulated(
+  unloaded, monkeypatch
+):
+  header = pathlib.Path(__file__).with_name("emulated_avx512.h")
+  flags = ("-march=haswell", "-include", str(header))
+  try:
+    native._cpu("c++")
+    monkeypatch.setattr(native, "_CPU_FLAGS", (flags,))
+    path = native._built()
+  except native._UnavailableError as error:
+    pytest.skip(f"no AVX2 here: {error}")
+  assert b"dpbusd_emulated" in path.read_bytes()
+  native._check(path, native._library(path))
 
 
 def test_processes_that_build_at_once_and_a_process_without(tmp_path, subprocess_env):
