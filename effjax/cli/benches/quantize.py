@@ -17,18 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.cli import timing
-from effjax.compress import blocks, calibrate
-from effjax.compress import registry as transforms
-from effjax.core import layers, specs
-from effjax.data import config as data_config
-from effjax.data import pipeline
-from effjax.interop import sources
+from effjax.cli.benches import _one_matrix as one_matrix
 from effjax.weights import verbs
 from effjax.weights.formats import base
 
-MODEL = "smollm2"
-_LAYER, _MATRIX = 10, "mlp/up"
-_TOKENS = 2048
 PEER = "qwix"
 
 
@@ -69,24 +61,14 @@ CELLS = (
   Cell("gptq", "int8", _int(8)),
   Cell("gptq", "int4", _int(4)),
   Cell("gptq", "int4", _int(4, 64)),
+  Cell("awq", "int4", _int(4, 64)),
+  Cell("awq", "int3", _int(3, 64)),
+  Cell("rtn", "int8", _int(8, activations="int8")),
+  Cell("smoothquant", "int8", _int(8, activations="int8")),
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """A matrix, what flows into it, and what a method is told of that.
-
-  Attributes:
-    w_DF: the matrix.
-    stats: InputStats over the tokens to calibrate on.
-    x_TD: other tokens, to judge by.
-    about: where it is from.
-  """
-
-  w_DF: jax.Array
-  stats: calibrate.InputStats
-  x_TD: jax.Array
-  about: str
+# Of these, those that show that all of it works.
+QUICK = (*CELLS[::5], CELLS[-1])
 
 
 def bench(quick: bool = False) -> list[timing.Table]:
@@ -99,13 +81,15 @@ def bench(quick: bool = False) -> list[timing.Table]:
 
 
 def _errors(quick: bool) -> timing.Table:
-  problem = _random() if quick else _packaged()
+  problem = one_matrix.random() if quick else one_matrix.packaged()
   peer = None
   notes = [
     problem.about,
     "error: of outputs, root of the mean square over that of the outputs, on tokens "
-    "that nothing was calibrated on",
-    "secs: the first call, with compiling, and the second",
+    "that nothing was calibrated on; of awq and smoothquant with the norm before the "
+    "matrix, which gives the scales",
+    "secs: the first call, with compiling, and the second; of awq with the search over "
+    "the output of the whole layer, which there is one over the weights",
   ]
   if importlib.util.find_spec(PEER) is None:
     notes.append(f"left out: {PEER}, which is not installed; pip install '.[oracle]'")
@@ -113,134 +97,63 @@ def _errors(quick: bool) -> timing.Table:
     peer = importlib.import_module("effjax.cli.peers.qwix_methods")
     notes.append(
       f"{PEER} {peer.VERSION}, its methods called on the matrix as its transforms of a "
-      "tree call them: not compiled as a whole; its scales are float32, too"
+      "tree call them: not compiled as a whole; its scales are float32, too, and its "
+      "rotation takes powers of two only, which no matrix of this model has"
     )
   return timing.Table(
     title="one matrix quantized: error and time of the algorithm",
-    rows=[_row(cell, problem, peer) for cell in (CELLS[::5] if quick else CELLS)],
+    rows=[_row(cell, problem, peer) for cell in (QUICK if quick else CELLS)],
     notes=notes,
   )
 
 
-def _row(cell: Cell, problem: Problem, peer: Any) -> dict[str, Any]:
-  w_DF = problem.w_DF
+def _row(cell: Cell, problem: one_matrix.Problem, peer: Any) -> dict[str, Any]:
   if cell.std is not None:
-    w_DF = w_DF * (cell.std / jnp.std(w_DF))
-  options = transforms.find(cell.method).options(dict(cell.options))
-  group = options.build().group_of(len(w_DF))
-  told = "all" if group == len(w_DF) else str(group)
-  name = cell.format if cell.options.get("symmetric", True) else f"{cell.format} + zero"
-  leaf, *secs = _timed(lambda: _ours(cell, w_DF, problem.stats, options))
+    problem = problem.scaled(float(cell.std / jnp.std(problem.w_DF)))
+  in_dim = len(problem.w_DF)
+  group = base.FormatOptions(**cell.options).build().group_of(in_dim)
+  symmetric = bool(cell.options.get("symmetric", True))
+  activations = cell.options.get("activations")
+  made, *secs = _timed(lambda: one_matrix.ours(cell.method, problem, cell.options))
   row = {
     "method": cell.method,
-    "format": name + ("" if cell.std is None else f", weights of std {cell.std:g}"),
-    "group": told,
-    "bits/weight": 8 * leaf.held_bytes() / w_DF.size,
-    "error": _error(problem.x_TD, w_DF, verbs.dense(leaf)),
+    "format": cell.format
+    + ("" if symmetric else " + zero")
+    + ("" if activations is None else f", activations {activations}")
+    + ("" if cell.std is None else f", weights of std {cell.std:g}"),
+    "group": "all" if group == in_dim else str(group),
+    "bits/weight": 8 * made.held_bytes / problem.w_DF.size,
+    "error": _error(problem, made),
     "secs": secs[0],
     "secs again": secs[1],
   }
   there = {f"{PEER} error": None, f"{PEER} secs": None, f"{PEER} again": None}
   if peer is not None:
-    method = peer.METHODS[cell.method]
-    how = peer.how(
-      cell.format,
-      0 if group == len(w_DF) else group,
-      bool(cell.options.get("symmetric", True)),
-    )
-    dense, *secs = _timed(lambda: method(w_DF, how, _told(problem.stats)))
-    there = dict(zip(there, (_error(problem.x_TD, w_DF, dense), *secs), strict=True))
+    how = peer.how(cell.format, 0 if group == in_dim else group, symmetric)
+    rows = None if activations is None else peer.rows(activations)
+    made, *secs = _timed(lambda: peer.METHODS[cell.method](problem, how, rows))
+    there = dict(zip(there, (_error(problem, made), *secs), strict=True))
   return row | there
 
 
-def _ours(cell: Cell, w_DF: jax.Array, stats: Any, options: Any) -> Any:
-  spec = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=w_DF.shape)
-  made = transforms.find(cell.method)(
-    {"w": w_DF}, {"w": spec}, {"w": stats}, options=options
-  )
-  return made["w"]
-
-
-def _told(stats: calibrate.InputStats) -> dict[str, jax.Array]:
-  """The Hessian as qwix computes it: any multiple gives the same codes."""
-  return {"hessian": stats.hessian}
-
-
-def _error(x_TD: jax.Array, w_DF: jax.Array, made_DF: jax.Array) -> float:
-  product = lambda w: jnp.matmul(x_TD, w, precision="highest")
-  wrong, right = product(made_DF - w_DF), product(w_DF)
+def _error(problem: one_matrix.Problem, made: one_matrix.Made) -> float:
+  with jax.default_matmul_precision("highest"):
+    right = problem.x_TD @ problem.w_DF
+    wrong = made.product(problem.x_TD) - right
   return float(jnp.linalg.norm(wrong) / jnp.linalg.norm(right))
 
 
-def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+def _timed(
+  run: Callable[[], one_matrix.Made],
+) -> tuple[one_matrix.Made, float, float]:
   """What `run` returns, and the seconds of a first and a second call."""
   found = []
   for _ in range(2):
     start = time.perf_counter()
-    made = jax.block_until_ready(run())
+    made = run()
+    jax.block_until_ready(made.arrays)
     found.append(time.perf_counter() - start)
   return made, *found
-
-
-def _packaged() -> Problem:
-  """A matrix in the middle of the packaged model, and real text before it."""
-  opened = sources.open_source(MODEL)
-  params = opened.load("float32", None, "dp")
-  model, flat = layers.unstack(opened.model, params)
-  length = 512
-  config = data_config.DataConfig(
-    corpus="stdlib",
-    tokenizer="model",
-    vocab_size=opened.tokenizer.vocab_size,
-    sequence_length=length,
-    batch_size=2 * _TOKENS // length,
-  )
-  batches = pipeline.open_data(config, tokenizer=opened.tokenizer).train_iterator()
-  batch = next(batches)
-  batches.close()
-  parts = blocks.Blocks(model)
-  halves = [
-    parts.embed(flat, {k: v[rows] for k, v in batch.items()})
-    for rows in (slice(None, _TOKENS // length), slice(_TOKENS // length, None))
-  ]
-  for k in range(_LAYER):
-    own = flat[f"layer_{k}"]
-    halves = [blocks.run(parts.layer(k), own, half) for half in halves]
-  layer, own = parts.layer(_LAYER), flat[f"layer_{_LAYER}"]
-  found = blocks.observe(layer, own, {}, halves[0], ("hessian",), (_MATRIX,))
-  first, second = _MATRIX.split("/")
-  stats = calibrate.finished(found)[first][second]
-  x_TD = _inputs(layer, own, halves[1])
-  w_DF = own[first][second]
-  about = (
-    f"layer {_LAYER}, {_MATRIX}, of {MODEL} {list(w_DF.shape)}, {_TOKENS:,} tokens of "
-    "Python's standard library; the package holds it in 4 bits (Q4_1, groups of 32), "
-    "and groups of 64 do not follow that grid"
-  )
-  return Problem(w_DF, stats, x_TD, about)
-
-
-def _inputs(layer: blocks.Layer, params: Any, stream: blocks.Stream) -> jax.Array:
-  """What flows into the matrix, one row a token."""
-  used = []
-  with blocks.watching((_MATRIX,), used):
-    layer.observed(params, {}, stream)
-  return used[0][1].reshape(-1, used[0][1].shape[-1])
-
-
-def _random() -> Problem:
-  keys = jax.random.split(jax.random.key(0), 3)
-  w_DF = 0.02 * jax.random.normal(keys[0], (64, 16))
-  mixing = jax.random.normal(keys[1], (64, 64)) / 8
-  x_TD = jax.random.normal(keys[2], (512, 64)) @ mixing
-  rows = x_TD[:256]
-  stats = calibrate.InputStats(
-    square_sum=jnp.sum(rows**2, 0),
-    absmax=jnp.max(jnp.abs(rows), 0),
-    count=jnp.float32(len(rows)),
-    hessian=rows.T @ rows,
-  )
-  return Problem(w_DF, stats, x_TD[256:], "a small random matrix")
 
 
 def _products(quick: bool) -> timing.Table:

@@ -1,18 +1,19 @@
-"""qwix on one matrix: what it makes of it, as a dense array, by each of its methods.
+"""qwix on one matrix: what product it puts in its place, by each of its methods.
 
 qwix holds a weight of a product `W x` with outputs first, so that matrices are turned
 around on their way in and out. Each method is called as qwix's own transforms of a
 parameter tree call it.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import qwix
-from qwix._src.core import qarray
-from qwix.contrib import awq_core, gptq_core
+from qwix._src.core import dot_general, qarray
+from qwix.contrib import awq_core, gptq_core, smooth_quant
+
+from effjax.cli.benches import _one_matrix as one_matrix
 
 VERSION = qwix.__version__
 # Names of a format here, and what qwix calls the type.
@@ -45,26 +46,58 @@ def how(name: str, group: int, symmetric: bool = True) -> qarray.HowToQuantize:
   )
 
 
-def rtn(w_DF: jax.Array, told: qarray.HowToQuantize, stats: Any = None) -> jax.Array:
-  """Rounding to nearest; `stats` is not used."""
-  del stats
-  return qarray.dequantize(qarray.quantize(w_DF.T, told)).T
+def rows(name: str) -> qarray.HowToQuantize:
+  """How qwix is told to quantize activations: a scale of its own for each row."""
+  return qarray.HowToQuantize(
+    qtype=_TYPES[name],
+    channelwise_axes=(0,),
+    tiled_axes={},
+    calibration_method="absmax",
+  )
 
 
-def gptq(
-  w_DF: jax.Array, told: qarray.HowToQuantize, stats: Mapping[str, jax.Array]
-) -> jax.Array:
-  """GPTQ with qwix's block and damping; `stats["hessian"]` is `[D, D]`."""
-  made, _ = gptq_core.quantize_weight(w_DF.T, stats["hessian"], told)
-  return qarray.dequantize(made).T
+def rtn(problem: one_matrix.Problem, told: Any, activations: Any) -> one_matrix.Made:
+  """Rounding to nearest."""
+  return _made(qarray.quantize(problem.w_DF.T, told), activations)
 
 
-def awq(
-  w_DF: jax.Array, told: qarray.HowToQuantize, stats: Mapping[str, jax.Array]
-) -> jax.Array:
-  """AWQ with a scale of its own for each input; `stats["mean"]` is mean |x| `[D]`."""
-  made, scales = awq_core.quantize_weight(w_DF.T, stats["mean"], told)
-  return (qarray.dequantize(made) / scales).T
+def gptq(problem: one_matrix.Problem, told: Any, activations: Any) -> one_matrix.Made:
+  """GPTQ with qwix's block and damping; any multiple of a Hessian gives the same."""
+  made, _ = gptq_core.quantize_weight(problem.w_DF.T, problem.own.hessian, told)
+  return _made(made, activations)
 
 
-METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq}
+def awq(problem: one_matrix.Problem, told: Any, activations: Any) -> one_matrix.Made:
+  """AWQ with a scale of its own for each input."""
+  mean = problem.own.abs_sum / problem.own.count
+  made, scales = awq_core.quantize_weight(problem.w_DF.T, mean, told)
+  return _made(made, activations, scales.reshape(-1))
+
+
+def smoothquant(
+  problem: one_matrix.Problem, told: Any, activations: Any
+) -> one_matrix.Made:
+  """SmoothQuant with alpha 0.5, of this matrix alone."""
+  w_FD = problem.w_DF.T
+  scales = smooth_quant.compute_scales_ratio(
+    problem.own.absmax, jnp.max(jnp.abs(w_FD), axis=0), alpha=0.5
+  )
+  return _made(qarray.quantize(w_FD * scales[None], told), activations, scales)
+
+
+def _made(
+  w_FD: qarray.QArray, activations: Any, scales_D: jax.Array | None = None
+) -> one_matrix.Made:
+  """The product with inputs divided by scales, and quantized where that is asked."""
+
+  def product(x_TD: jax.Array) -> jax.Array:
+    x_TD = x_TD if scales_D is None else x_TD / scales_D[None]
+    if activations is None:
+      return x_TD @ qarray.dequantize(w_FD).T
+    contract = (((1,), (1,)), ((), ()))
+    return dot_general.dot_general(qarray.quantize(x_TD, activations), w_FD, contract)
+
+  return one_matrix.Made(product, arrays=(w_FD, scales_D))
+
+
+METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant}

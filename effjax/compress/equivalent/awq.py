@@ -115,12 +115,14 @@ def transform(
     after = blocks_lib.run(layer, flat[name], stream)
     if k in inside:
       flows, about = (stream, after), {name: of_layers[name]}
-      flat[name] = _searched(layer, name, flat[name], about, flows, inside[k], options)
+      flat[name] = search_layer(
+        layer, name, flat[name], about, flows, inside[k], options
+      )
     stream = after
   return layers_lib.restack_like(model, unrolled, flat)
 
 
-def _searched(
+def search_layer(
   layer: blocks_lib.Layer,
   name: str,
   params: Mapping[str, Any],
@@ -129,7 +131,15 @@ def _searched(
   chosen: frozenset[str],
   options: AWQOptions,
 ) -> dict[str, Any]:
-  """The parameters of one layer, scaled and clipped; `flows` are in and out of it."""
+  """The parameters of one layer, scaled and clipped.
+
+  Args:
+    layer, name, params: the layer.
+    specs: of its parameters, under its name.
+    flows: what flows into it and out of it.
+    chosen: paths of the weights that will be rounded, as the layer names them.
+    options: of the stage.
+  """
   stream, after = flows
   whole = frozenset(f"{name}/{path}" for path in chosen)
   pairs = [p.within(f"{name}/") for p in _pairs.find({name: params}, specs, whole)]
