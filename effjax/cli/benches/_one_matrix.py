@@ -80,6 +80,11 @@ class Made:
   arrays: Any = ()
 
 
+def options(method: str, given: Mapping[str, Any]) -> Any:
+  """The options of the transform that rounds: the method, or what follows it."""
+  return transforms.find("rtn" if method in _METHODS else method).options(dict(given))
+
+
 def ours(method: str, problem: Problem, options: Mapping[str, Any]) -> Made:
   """A method of this library, with the options of a format."""
   return _METHODS.get(method, _transformed)(method, problem, options)

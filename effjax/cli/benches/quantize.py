@@ -61,6 +61,7 @@ CELLS = (
   Cell("gptq", "int8", _int(8)),
   Cell("gptq", "int4", _int(4)),
   Cell("gptq", "int4", _int(4, 64)),
+  Cell("gptq", "int4", _int(4, 64, static_groups=True)),
   Cell("awq", "int4", _int(4, 64)),
   Cell("awq", "int3", _int(3, 64)),
   Cell("rtn", "int8", _int(8, activations="int8")),
@@ -111,7 +112,7 @@ def _row(cell: Cell, problem: one_matrix.Problem, peer: Any) -> dict[str, Any]:
   if cell.std is not None:
     problem = problem.scaled(float(cell.std / jnp.std(problem.w_DF)))
   in_dim = len(problem.w_DF)
-  group = base.FormatOptions(**cell.options).build().group_of(in_dim)
+  group = one_matrix.options(cell.method, cell.options).build().group_of(in_dim)
   symmetric = bool(cell.options.get("symmetric", True))
   activations = cell.options.get("activations")
   made, *secs = _timed(lambda: one_matrix.ours(cell.method, problem, cell.options))
@@ -120,6 +121,7 @@ def _row(cell: Cell, problem: one_matrix.Problem, peer: Any) -> dict[str, Any]:
     "format": cell.format
     + ("" if symmetric else " + zero")
     + ("" if activations is None else f", activations {activations}")
+    + (", grids fitted before" if cell.options.get("static_groups") else "")
     + ("" if cell.std is None else f", weights of std {cell.std:g}"),
     "group": "all" if group == in_dim else str(group),
     "bits/weight": 8 * made.held_bytes / problem.w_DF.size,
