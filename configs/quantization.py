@@ -62,6 +62,8 @@ _WIDTHS = {
   "int3": {"bits": 3, **_INT},
   "int2": {"bits": 2, **_INT, "symmetric": False},
 }
+# A rotated model has a head of its own, which in the others is the embedding.
+_NO_HEAD = {"kind": "matrix", "not_path": "^head$"}
 # Name, rounding, options.
 _FORMATS = (
   ("int8", "rtn", {"bits": 8}),
@@ -158,8 +160,8 @@ def _activations(steps):
     _stage("w4a4", "rtn", w4a4, "train"),
     _stage("w4a4-smoothed", "rtn", w4a4, "smoothed"),
     _stage("rotated", "rotation", {}, "train"),
-    _stage("w4-rotated", "rtn", {"bits": 4}, "rotated"),
-    _stage("w4a4-rotated", "rtn", w4a4, "rotated"),
+    _stage("w4-rotated", "rtn", {"bits": 4}, "rotated", where=_NO_HEAD),
+    _stage("w4a4-rotated", "rtn", w4a4, "rotated", where=_NO_HEAD),
     _stage("kv-int8", "kv_cache", {"format": "int8"}, "train"),
     _stage("kv-int4", "kv_cache", {"format": "int4"}, "train"),
   )
