@@ -47,12 +47,12 @@ class Cell:
 
   Attributes:
     name: of the row.
-    steps: transforms in their order, each with its options.
+    steps: transforms in their order, each with its options and where.
     beside: the cells it is compared with, beside the original.
   """
 
   name: str
-  steps: tuple[tuple[str, Mapping[str, Any]], ...]
+  steps: tuple[tuple[Any, ...], ...]
   beside: tuple[str, ...] = ()
 
 
@@ -75,6 +75,28 @@ SMOLLM2 = (
   Cell("w4a4", (("rtn", W4A4),)),
   Cell("w4a4-rotated", (("rotation", {}), ("rtn", W4A4)), ("w4a4",)),
 )
+# Run only by name: why GPTQ does not help at 4 bits.
+_REST = {"kind": "matrix", "not_path": "down"}
+_DOWN = {"kind": "matrix", "path": "down"}
+EXPLAINING = (
+  Cell(
+    "int4-g64-gptq-order",
+    (("gptq", _int(4, 64, act_order=True)),),
+    ("int4-g64",),
+  ),
+  Cell(
+    "int4-g64-gptq-down",
+    (("gptq", _int(4, 64), _DOWN), ("rtn", _int(4, 64), _REST)),
+    ("int4-g64",),
+  ),
+  Cell(
+    "int4-g64-gptq-rest",
+    (("gptq", _int(4, 64), _REST), ("rtn", _int(4, 64), _DOWN)),
+    ("int4-g64",),
+  ),
+  Cell("int4-g64-mse", (("rtn", _int(4, 64, range="mse")),), ("int4-g64",)),
+  Cell("int4-g64-gptq-mse", (("gptq", _int(4, 64, range="mse")),), ("int4-g64",)),
+)
 MINILM = (
   Cell("int4-g32", (("rtn", _int(4, 32)),), ("int4-g64",)),
   Cell("int4-g64", (("rtn", _int(4, 64)),), ("int4-g192",)),
@@ -91,14 +113,14 @@ def main() -> None:
   """Prints a line of JSON a cell, and the tables."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--only", choices=("smollm2", "minilm"), help="one model")
-  parser.add_argument("--cells", nargs="*", help="only these cells")
+  parser.add_argument("--cells", nargs="*", default=(), help="only these cells")
   args = parser.parse_args()
-  for name, cells, subject in (
-    ("smollm2", SMOLLM2, Language),
-    ("minilm", MINILM, Sentences),
+  for name, cells, more, subject in (
+    ("smollm2", SMOLLM2, EXPLAINING, Language),
+    ("minilm", MINILM, (), Sentences),
   ):
     if args.only in (None, name):
-      chosen = [c for c in cells if not args.cells or c.name in args.cells]
+      chosen = [c for c in (*cells, *more) if c.name in args.cells] or list(cells)
       print(table(name, chosen, subject()), flush=True)
 
 
@@ -146,14 +168,14 @@ def table(name: str, cells: list[Cell], subject: Any) -> str:
 
 def quantized(cell: Cell, model: Any, params: Any, subject: Any) -> tuple[Any, Any]:
   """A model after the steps of a cell."""
-  for name, options in cell.steps:
+  for name, options, *where in cell.steps:
     change = transforms.find(name)
     batches = ()
     if compress.needs_batches(change, change.options(dict(options))):
       batches = subject.batches[: subject.search if name == "awq" else None]
     specs = specs_lib.specs(model)
     model, params = compress.transform(
-      change, model, params, specs, batches, options=options
+      change, model, params, specs, batches, options=options, where=(*where, None)[0]
     )
   return model, jax.block_until_ready(params)
 
