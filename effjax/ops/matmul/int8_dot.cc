@@ -301,8 +301,10 @@ xla::ffi::Error Dot(xla::ffi::ThreadPool pool, xla::ffi::Buffer<xla::ffi::S8> x,
     return xla::ffi::Error::Success();
   }
   const int64_t wanted = std::min(kTasksPerThread * threads, worth);
-  const int64_t tiles = (num_f + Isa::kCols - 1) / Isa::kCols;
-  const int64_t columns = (tiles + wanted - 1) / wanted * Isa::kCols;
+  const bool panels = Isa::kPanel != 0 && num_t >= kPanelRows;
+  const int64_t unit = panels ? Isa::kPanel : Isa::kCols;
+  const int64_t units = (num_f + unit - 1) / unit;
+  const int64_t columns = (units + wanted - 1) / wanted * unit;
   const int64_t num_tasks = (num_f + columns - 1) / columns;
   std::shared_ptr<Shared> shared(new Shared{std::move(product), columns, num_tasks});
   for (int64_t i = 1; i < std::min(threads, num_tasks); ++i) {
