@@ -115,12 +115,19 @@ def main() -> None:
   parser.add_argument("--only", choices=("smollm2", "minilm"), help="one model")
   parser.add_argument("--cells", nargs="*", default=(), help="only these cells")
   args = parser.parse_args()
-  for name, cells, more, subject in (
+  models = [
     ("smollm2", SMOLLM2, EXPLAINING, Language),
     ("minilm", MINILM, (), Sentences),
-  ):
-    if args.only in (None, name):
-      chosen = [c for c in (*cells, *more) if c.name in args.cells] or list(cells)
+  ]
+  models = [model for model in models if args.only in (None, model[0])]
+  known = {c.name for _, cells, more, _ in models for c in (*cells, *more)}
+  if unknown := sorted(set(args.cells) - known):
+    parser.error(f"no such cells: {', '.join(unknown)}; there are {sorted(known)}")
+  for name, cells, more, subject in models:
+    chosen = list(cells)
+    if args.cells:
+      chosen = [c for c in (*cells, *more) if c.name in args.cells]
+    if chosen:
       print(table(name, chosen, subject()), flush=True)
 
 

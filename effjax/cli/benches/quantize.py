@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.cli import timing
-from effjax.cli.benches import _one_matrix as one_matrix
+from effjax.cli import one_matrix, timing
 from effjax.weights import verbs
 from effjax.weights.formats import base
 
@@ -112,7 +111,9 @@ def _row(cell: Cell, problem: one_matrix.Problem, peer: Any) -> dict[str, Any]:
   if cell.std is not None:
     problem = problem.scaled(float(cell.std / jnp.std(problem.w_DF)))
   in_dim = len(problem.w_DF)
-  group = one_matrix.options(cell.method, cell.options).build().group_of(in_dim)
+  group = (
+    one_matrix.rounding_options(cell.method, cell.options).build().group_of(in_dim)
+  )
   symmetric = bool(cell.options.get("symmetric", True))
   activations = cell.options.get("activations")
   made, *secs = _timed(lambda: one_matrix.ours(cell.method, problem, cell.options))

@@ -13,7 +13,7 @@ import qwix
 from qwix._src.core import dot_general, qarray
 from qwix.contrib import awq_core, gptq_core, smooth_quant
 
-from effjax.cli.benches import _one_matrix as one_matrix
+from effjax.cli import one_matrix
 
 VERSION = qwix.__version__
 # Names of a format here, and what qwix calls the type.

@@ -80,7 +80,7 @@ class Made:
   arrays: Any = ()
 
 
-def options(method: str, given: Mapping[str, Any]) -> Any:
+def rounding_options(method: str, given: Mapping[str, Any]) -> Any:
   """The options of the transform that rounds: the method, or what follows it."""
   return transforms.find("rtn" if method in _METHODS else method).options(dict(given))
 
