@@ -10,12 +10,12 @@ speed there, measured on two AVX2 cores over the products of 8 decoder layers:
   than [in, out], by 1.2 to 1.5 at one token: hold decoding weights `out_first`;
 - with one row XLA converts the whole weight to int32 and takes more than ten times as
   long as with two, so one row is padded to two; more padding only costs;
-- the kernel reads the weight as it lies: 102 to 108 billion operations a second and
-  core at 8 rows with the weight in the cache; XLA's about 50 on both cores together;
-- from 12 rows on it rearranges panels of the weight, so that no sum is added up across
-  a vector: 117 to 132 billion. More than that AVX2 hardly gives: two cores do at most
-  186 billion operations of float32 and 335 billion of int16 (which int8 codes must be
-  widened to), measured in registers, where AVX-512's VNNI takes four codes at once;
+- the kernel reads the weight as it lies, and from 12 rows on rearranges panels of it in
+  the cache, so that no sum is added up across a vector (`effjax bench quantize`: with
+  16 rows from 2.2 to about 3 times as fast as float32, with 128 from 1.2 to 1.5);
+- a cycle of AVX2 has two multiplications of 256 bits: 32 operations of float32 or 64 of
+  int16, which codes are widened to. With many rows that is twice as fast at most,
+  beside a float32 product at its peak; VNNI takes four codes at once;
 - a weight that comes from memory is waited for unless it is fetched ahead: 145 against
   70 microseconds for [1, 512] x [512, 1376] on one busy core.
 
