@@ -208,4 +208,4 @@ def of_model(
   x_TD = used[0][1].reshape(-1, used[0][1].shape[-1])
   flows = (halves[0], blocks.run(layer, own, halves[0]))
   shape = list(tree_lib.flatten(own)[MATRIX].shape)
-  return Problem(name, layer, own, about_layer, flows, told, x_TD, f"{about} {shape}")
+  return Problem(name, layer, own, about_layer, flows, told, x_TD, f"{shape}, {about}")
