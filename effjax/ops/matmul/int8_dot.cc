@@ -16,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "int8_isa.h"
@@ -29,17 +30,22 @@ constexpr int64_t kStep = Isa::kStep;
 constexpr int64_t kBlockBytes = 16 * 1024;
 // How many tiles ahead the weight is fetched.
 constexpr int64_t kTilesAhead = 2;
-// From how many rows of x on rearranging w pays.
-constexpr int64_t kPanelRows = 12;
 // A panel of w, as long as half of a first level cache holds.
 constexpr int64_t kPanelBytes = 16 * 1024;
 // Products below this many multiplications are not worth waking another thread.
 constexpr int64_t kMultiplicationsPerTask = int64_t{1} << 18;
 // Tasks for each thread, so that one that is interrupted does not hold up the rest.
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 8;
+
+constexpr int64_t kLineCodes = 64 / sizeof(Isa::Held);
+// Starts where a line of the cache does: a vector read across two lines is read twice.
+struct alignas(64) Line {
+  Isa::Held codes[kLineCodes];
+};
 
 struct Product {
-  std::vector<Isa::Held> x;  // [T, stride], rows filled up with zeros
+  std::vector<Line> copy;
+  const Isa::Held* x;  // [T, stride], rows filled up with zeros
   std::vector<int32_t> start;  // [T], what w + kOffset in place of w adds, negated
   int64_t stride;
   const int8_t* w;
@@ -48,13 +54,24 @@ struct Product {
 
   Product(const int8_t* x_codes, const int8_t* w, int32_t* y, int64_t num_t,
           int64_t num_f, int64_t num_d)
-      : x(num_t * ((num_d + kStep - 1) / kStep * kStep)),
-        start(num_t),
+      : start(num_t),
         stride((num_d + kStep - 1) / kStep * kStep),
         w(w), y(y), num_t(num_t), num_f(num_f), num_d(num_d) {
+    bool as_it_lies = false;
+    if constexpr (std::is_same_v<Isa::Held, int8_t>) {
+      x = x_codes;
+      as_it_lies = stride == num_d && reinterpret_cast<uintptr_t>(x_codes) % 64 == 0;
+    }
+    if (!as_it_lies) {
+      copy.resize((num_t * stride + kLineCodes - 1) / kLineCodes);
+      for (int64_t t = 0; t < num_t; ++t) {
+        const int8_t* row = x_codes + t * num_d;
+        std::copy(row, row + num_d, copy.data()->codes + t * stride);
+      }
+      x = copy.data()->codes;
+    }
     for (int64_t t = 0; t < num_t; ++t) {
       const int8_t* row = x_codes + t * num_d;
-      std::copy(row, row + num_d, x.begin() + t * stride);
       if constexpr (Isa::kOffset != 0) {
         // Unsigned, because wrapping around is meant.
         const auto sum = std::accumulate(row, row + num_d, uint32_t{0});
@@ -68,17 +85,18 @@ struct Product {
   // see a pattern in.
   template <int R, int C>
   void Tile(int64_t t, int64_t f, const int8_t* later, int64_t every) const {
-    const Isa::Held* x_row = x.data() + t * stride;
+    const Isa::Held* x_row = x + t * stride;
     const int8_t* w_row = w + f * num_d;
-    Isa::Sum sums[R][C];
-    for (auto& row : sums) std::fill_n(row, C, Isa::Zero());
-    auto step = [&](int64_t d, const int8_t* w_step, int64_t w_stride) {
+    Isa::Sum sums[R * C];
+    EFFJAX_UNROLL for (int i = 0; i < R * C; ++i) sums[i] = Isa::Zero();
+    // `load` gives the codes of w from an address.
+    auto step = [&](int64_t d, auto load) EFFJAX_INLINE {
       Isa::Codes w_codes[C];
-      for (int c = 0; c < C; ++c) w_codes[c] = Isa::LoadW(w_step + c * w_stride);
-      for (int r = 0; r < R; ++r) {
+      EFFJAX_UNROLL for (int c = 0; c < C; ++c) w_codes[c] = load(w_row + c * num_d + d);
+      EFFJAX_UNROLL for (int r = 0; r < R; ++r) {
         auto x_codes = Isa::LoadX(x_row + r * stride + d);
-        for (int c = 0; c < C; ++c) {
-          sums[r][c] = Isa::Step(sums[r][c], x_codes, w_codes[c]);
+        EFFJAX_UNROLL for (int c = 0; c < C; ++c) {
+          sums[r * C + c] = Isa::Step(sums[r * C + c], x_codes, w_codes[c]);
         }
       }
     };
@@ -90,19 +108,17 @@ struct Product {
         later += C * kStep;
         wait = every;
       }
-      step(d, w_row + d, num_d);
+      step(d, Isa::LoadW);
     }
     if (d < num_d) {
-      int8_t rest[C * kStep] = {};
-      for (int c = 0; c < C; ++c) {
-        std::memcpy(rest + c * kStep, w_row + c * num_d + d, num_d - d);
-      }
-      step(d, rest, kStep);
+      step(d, [&](const int8_t* from) { return Isa::LoadRest(from, num_d - d); });
     }
-    for (int c = 0; c < C; ++c) {
-      for (int r = 0; r < R; ++r) {
+    int32_t totals[Isa::Padded(R * C)];
+    Isa::Totals(sums, totals);
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) {
         y[(t + r) * num_f + f + c] = static_cast<int32_t>(
-            static_cast<uint32_t>(Isa::Total(sums[r][c])) +
+            static_cast<uint32_t>(totals[r * C + c]) +
             static_cast<uint32_t>(start[t + r]));
       }
     }
@@ -181,12 +197,12 @@ struct Product {
   }
 
   // Adds to outputs [t, t + R) x [f, f + kPanel) what `fours` groups of codes from d on
-  // contribute.
+  // contribute; those from 0 on are the first.
   template <int R>
   void PanelTile(int64_t t, int64_t f, int64_t d, int64_t fours,
                  const int8_t* panel) const {
     constexpr int C = Isa::kSums;
-    const Isa::Held* x_row = x.data() + t * stride + d;
+    const Isa::Held* x_row = x + t * stride + d;
     Isa::Sum sums[R][C];
     for (auto& row : sums) std::fill_n(row, C, Isa::Zero());
     for (int64_t g = 0; g < fours; ++g) {
@@ -206,7 +222,12 @@ struct Product {
       }
     }
     for (int r = 0; r < R; ++r) {
-      Isa::Add(sums[r], d == 0 ? start[t + r] : 0, y + (t + r) * num_f + f);
+      int32_t* at = y + (t + r) * num_f + f;
+      if (d == 0) {
+        Isa::Begin(sums[r], start[t + r], at);
+      } else {
+        Isa::Add(sums[r], at);
+      }
     }
   }
 
@@ -222,9 +243,6 @@ struct Product {
   void Panels(int64_t f, int64_t f_end) const {
     constexpr int64_t kDepth = kPanelBytes / Isa::kPanel;
     alignas(64) int8_t panel[kPanelBytes];
-    for (int64_t t = 0; t < num_t; ++t) {
-      std::fill(y + t * num_f + f, y + t * num_f + f_end, 0);
-    }
     for (; f < f_end; f += Isa::kPanel) {
       for (int64_t d = 0; d < num_d; d += kDepth) {
         const int64_t d_end = std::min(d + kDepth, num_d);
@@ -237,7 +255,7 @@ struct Product {
 
   void Columns(int64_t f, int64_t f_end) const {
 #if defined(__AVX2__)
-    if (num_t >= kPanelRows) {
+    if (num_t >= Isa::kPanelRows) {
       const int64_t panels = (f_end - f) / Isa::kPanel * Isa::kPanel;
       Panels(f, f + panels);
       f += panels;
@@ -301,7 +319,7 @@ xla::ffi::Error Dot(xla::ffi::ThreadPool pool, xla::ffi::Buffer<xla::ffi::S8> x,
     return xla::ffi::Error::Success();
   }
   const int64_t wanted = std::min(kTasksPerThread * threads, worth);
-  const bool panels = Isa::kPanel != 0 && num_t >= kPanelRows;
+  const bool panels = Isa::kPanel != 0 && num_t >= Isa::kPanelRows;
   const int64_t unit = panels ? Isa::kPanel : Isa::kCols;
   const int64_t units = (num_f + unit - 1) / unit;
   const int64_t columns = (units + wanted - 1) / wanted * unit;

@@ -42,7 +42,7 @@ _TIMEOUT_SECS = 300
 # Rows, outputs and depths that take every tile, every tail and every panel.
 _CHECKED = (
   *((1, 5, 1), (2, 3, 31), (3, 9, 64), (7, 6, 257), (9, 4, 96)),
-  *((13, 71, 33), (18, 40, 2100)),
+  *((13, 71, 33), (18, 40, 2100), (67, 40, 600)),
 )
 
 

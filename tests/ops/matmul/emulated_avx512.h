@@ -57,10 +57,33 @@ inline Emulated Dpbusd(Emulated sum, Emulated a, Emulated b) {
   }
   return sum;
 }
-inline int32_t Reduce(Emulated value) {
-  uint32_t total = 0;
-  for (int i = 0; i < 16; ++i) total += Lane(value, i);
-  return static_cast<int32_t>(total);
+inline Emulated LoadSome(uint64_t mask, const void* from) {
+  Emulated value = Same8(0);
+  for (int i = 0; i < 64; ++i) {
+    if (mask >> i & 1) value.at[i] = static_cast<const uint8_t*>(from)[i];
+  }
+  return value;
+}
+// Within each quarter: the lower or upper half of both, by turns, in parts of `bytes`.
+inline Emulated Unpack(Emulated a, Emulated b, int bytes, int half) {
+  Emulated value;
+  for (int quarter = 0; quarter < 64; quarter += 16) {
+    for (int i = 0; i < 8; i += bytes) {
+      const int from = quarter + 8 * half + i, to = quarter + 2 * i;
+      std::memcpy(value.at + to, a.at + from, bytes);
+      std::memcpy(value.at + to + bytes, b.at + from, bytes);
+    }
+  }
+  return value;
+}
+// Two quarters of `a`, then two of `b`, two bits of `which` for each.
+inline Emulated Quarters(Emulated a, Emulated b, int which) {
+  Emulated value;
+  for (int i = 0; i < 4; ++i) {
+    const Emulated& from = i < 2 ? a : b;
+    std::memcpy(value.at + 16 * i, from.at + 16 * (which >> 2 * i & 3), 16);
+  }
+  return value;
 }
 
 }  // namespace emulated
@@ -80,5 +103,10 @@ extern "C" const char effjax_emulated[] = "dpbusd_emulated";
 #define _mm512_xor_si512 emulated::Xor
 #define _mm512_add_epi32 emulated::Add
 #define _mm512_dpbusd_epi32 emulated::Dpbusd
-#define _mm512_reduce_add_epi32 emulated::Reduce
+#define _mm512_maskz_loadu_epi8 emulated::LoadSome
+#define _mm512_unpacklo_epi32(a, b) emulated::Unpack(a, b, 4, 0)
+#define _mm512_unpackhi_epi32(a, b) emulated::Unpack(a, b, 4, 1)
+#define _mm512_unpacklo_epi64(a, b) emulated::Unpack(a, b, 8, 0)
+#define _mm512_unpackhi_epi64(a, b) emulated::Unpack(a, b, 8, 1)
+#define _mm512_shuffle_i32x4 emulated::Quarters
 #define EFFJAX_KEEP_ORDER(vector)

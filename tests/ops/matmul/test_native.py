@@ -80,7 +80,7 @@ def _calls_kernel(lowered) -> bool:
   return native.TARGET in lowered.as_text()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 70])
 @pytest.mark.parametrize(("depth", "outs"), [(32, 1), (33, 5), (1376, 7), (64, 600)])
 def test_equals_exact_integers(rng, rows, depth, outs):
   x, w = _codes(rng, rows, depth), _codes(rng, outs, depth)
