@@ -65,7 +65,7 @@ def _small():
       embed_dim=64,
       num_layers=2,
       pattern=("attention",),
-      mixer_options={"attention": {"head_dim": 8}},
+      mixer_options={"attention": {"head_dim": 16}},  # 64 inputs: a default group
       max_len=16,
     )
   )

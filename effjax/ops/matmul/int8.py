@@ -65,17 +65,23 @@ def quantize_rows(
 
 
 def int8_dot(
-  x_codes_TD: jax.Array, w_codes_DF: jax.Array, *, out_first: bool = False
+  x_codes_TD: jax.Array,
+  w_codes_DF: jax.Array,
+  scales: tuple[jax.Array, jax.Array] | None = None,
+  *,
+  out_first: bool = False,
 ) -> jax.Array:
   """The exact integer product of two arrays of codes.
 
   Args:
     x_codes_TD: int8 [..., D]; for a stacked weight [*stack, ..., D].
     w_codes_DF: int8 [*stack, D, F], or [*stack, F, D] if `out_first`.
+    scales: of the rows of x, [..., 1] or one for all, and of outputs, [*stack, 1...,
+      F], both float32; the product is multiplied by the first, then by the second.
     out_first: the weight is held with its output axis first, the faster way on a CPU.
 
   Returns:
-    int32 [..., F] or [*stack, ..., F].
+    int32 [..., F] or [*stack, ..., F], float32 if there are scales.
 
   Raises:
     InputError: not int8, axes that do not match, or D so large that int32 could
@@ -99,14 +105,33 @@ def int8_dot(
   # Only without a mesh: under one, XLA's product is split like every other, while a
   # foreign call is opaque to the partitioner.
   if out_first and not stack and jax.sharding.get_abstract_mesh().empty:
-    return _dot_p.bind(x_codes_TD, w_codes_DF)
-  return _xla_dot(x_codes_TD, w_codes_DF, out_first)
+    if scales is None:
+      return _dot_p.bind(x_codes_TD, w_codes_DF)
+    of_x, of_w = scales
+    return _dot_p.bind(
+      x_codes_TD,
+      w_codes_DF,
+      jnp.broadcast_to(of_x, (*x_codes_TD.shape[:-1], 1)),
+      of_w.reshape(len(w_codes_DF)),
+    )
+  return _xla_dot(x_codes_TD, w_codes_DF, *(scales or ()), out_first=out_first)
 
 
 def _xla_dot(
-  x_codes_TD: jax.Array, w_codes_DF: jax.Array, out_first: bool
+  x_codes_TD: jax.Array,
+  w_codes_DF: jax.Array,
+  of_x: jax.Array | None = None,
+  of_w: jax.Array | None = None,
+  *,
+  out_first: bool,
 ) -> jax.Array:
   """`int8_dot` by XLA's own product."""
+  if of_x is not None:
+    y_TF = _xla_dot(x_codes_TD, w_codes_DF, out_first=out_first)
+    stack = w_codes_DF.shape[:-2]
+    between = (1,) * (y_TF.ndim - len(stack) - 1)
+    of_w = of_w.reshape(*stack, *between, y_TF.shape[-1])
+    return y_TF.astype(jnp.float32) * of_x * of_w
   w_in, w_out = (-1, -2) if out_first else (-2, -1)
   stack = w_codes_DF.shape[:-2]
   in_dim, out_dim = w_codes_DF.shape[w_in], w_codes_DF.shape[w_out]
@@ -127,35 +152,41 @@ def _xla_dot(
   return y_TF[..., :1, :].reshape(*stack, *free, out_dim) if single else y_TF
 
 
-# x [..., D] with w [F, D]. A primitive of its own, because which product runs can only
-# be said when the program is lowered: for which platform, over how many devices, and
-# whether to be exported. Integers: it needs no derivative.
+# x [..., D] with w [F, D]; with scales [..., 1] and [F] or without. A primitive of its
+# own, because which product runs can only be said when the program is lowered: for
+# which platform, over how many devices, and whether to be exported. It has no
+# derivative: `activations.contract` says what that of rounded numbers is.
 _dot_p = jex_core.Primitive("int8_dot")
 
 
 @_dot_p.def_abstract_eval
-def _dot_abstract(x_codes_TD, w_codes_FD):
+def _dot_abstract(x_codes_TD, w_codes_FD, *scales):
   shape = (*x_codes_TD.shape[:-1], w_codes_FD.shape[0])
-  return jax.core.ShapedArray(shape, np.dtype(np.int32))
+  return jax.core.ShapedArray(shape, np.dtype(np.float32 if scales else np.int32))
 
 
 @_dot_p.def_impl
 @jax.jit
-def _dot_eagerly(x_codes_TD, w_codes_FD):
-  return _dot_p.bind(x_codes_TD, w_codes_FD)
+def _dot_eagerly(*operands):
+  return _dot_p.bind(*operands)
 
 
 def _dot_batched(operands, axes):
-  x_codes_TD, w_codes_FD = operands
-  x_axis, w_axis = axes
-  if w_axis is None:
-    return _dot_p.bind(jnp.moveaxis(x_codes_TD, x_axis, 0), w_codes_FD), 0
-  w_codes_FD = jnp.moveaxis(w_codes_FD, w_axis, 0)
-  if x_axis is None:
-    x_codes_TD = jnp.broadcast_to(x_codes_TD, (len(w_codes_FD), *x_codes_TD.shape))
-  else:
-    x_codes_TD = jnp.moveaxis(x_codes_TD, x_axis, 0)
-  return _xla_dot(x_codes_TD, w_codes_FD, True), 0
+  size = next(
+    part.shape[axis]
+    for part, axis in zip(operands, axes, strict=True)
+    if axis is not None
+  )
+  x_codes, w_codes, *scales = (
+    jnp.broadcast_to(part, (size, *part.shape))
+    if axis is None
+    else jnp.moveaxis(part, axis, 0)
+    for part, axis in zip(operands, axes, strict=True)
+  )
+  # One weight serves every row; its codes are operand 1, its scales operand 3.
+  if axes[1] is None and all(axis is None for axis in axes[3:]):
+    return _dot_p.bind(x_codes, operands[1], *scales[:1], *operands[3:]), 0
+  return _xla_dot(x_codes, w_codes, *scales, out_first=True), 0
 
 
 _lower_to_xla = mlir.lower_fun(
@@ -163,7 +194,7 @@ _lower_to_xla = mlir.lower_fun(
 )
 
 
-def _lower_for_cpu(context, x_codes_TD, w_codes_FD):
+def _lower_for_cpu(context, *operands):
   """The native kernel where one device of this machine runs the program."""
   module = context.module_context
   one_device = (
@@ -172,8 +203,9 @@ def _lower_for_cpu(context, x_codes_TD, w_codes_FD):
   )
   exported = module.lowering_parameters.for_export
   if one_device and not exported and native.status().available:
-    return jax.ffi.ffi_lowering(native.TARGET)(context, x_codes_TD, w_codes_FD)
-  return _lower_to_xla(context, x_codes_TD, w_codes_FD)
+    target = native.TARGET if len(operands) == 2 else native.SCALED_TARGET
+    return jax.ffi.ffi_lowering(target)(context, *operands)
+  return _lower_to_xla(context, *operands)
 
 
 batching.primitive_batchers[_dot_p] = _dot_batched

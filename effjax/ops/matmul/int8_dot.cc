@@ -1,4 +1,5 @@
-// y[T, F] = x[T, D] . w[F, D]^T on int8 codes, exact in int32, for XLA's CPU backend.
+// y[T, F] = x[T, D] . w[F, D]^T on int8 codes, exact in int32, for XLA's CPU backend;
+// or that as floats, multiplied by scales of the rows of x and w.
 //
 // Every value of int8 is allowed, -128 too. D may be anything up to where int32 itself
 // overflows (the caller checks). With few rows of x the weight is read as it lies; with
@@ -263,12 +264,25 @@ struct Product {
 #endif
     if (f < f_end) Whole(f, f_end);
   }
+
+  // Sums of columns [f, f_end) into floats, where they lie and while they are in the
+  // cache: sum * of_x[row] * of_w[column].
+  void Scale(int64_t f, int64_t f_end, const float* of_x, const float* of_w) const {
+    for (int64_t t = 0; t < num_t; ++t) {
+      int32_t* row = y + t * num_f;
+      for (int64_t c = f; c < f_end; ++c) {
+        const float scaled = static_cast<float>(row[c]) * of_x[t] * of_w[c];
+        std::memcpy(row + c, &scaled, sizeof scaled);
+      }
+    }
+  }
 };
 
 // A product and how much of it is taken and done. It outlives the call: a task that
 // gets a thread only after the end finds nothing left and touches no array.
 struct Shared {
   Product product;
+  const float *of_x, *of_w;  // scales, or null
   int64_t columns, num_tasks;
   std::atomic<int64_t> taken{0}, done{0};
 
@@ -277,7 +291,9 @@ struct Shared {
       const int64_t task = taken.fetch_add(1, std::memory_order_relaxed);
       if (task >= num_tasks) return;
       const int64_t f = task * columns;
-      product.Columns(f, std::min(f + columns, product.num_f));
+      const int64_t f_end = std::min(f + columns, product.num_f);
+      product.Columns(f, f_end);
+      if (of_x != nullptr) product.Scale(f, f_end, of_x, of_w);
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -297,34 +313,36 @@ struct Shared {
   }
 };
 
-xla::ffi::Error Dot(xla::ffi::ThreadPool pool, xla::ffi::Buffer<xla::ffi::S8> x,
-                    xla::ffi::Buffer<xla::ffi::S8> w,
-                    xla::ffi::ResultBuffer<xla::ffi::S32> y) {
+using Codes = xla::ffi::Buffer<xla::ffi::S8>;
+using Scales = xla::ffi::Buffer<xla::ffi::F32>;
+
+// y holds num_t * num_f numbers, floats if there are scales and int32 if there are not.
+xla::ffi::Error Run(xla::ffi::ThreadPool& pool, const Codes& x, const Codes& w,
+                    void* y, int64_t size, const float* of_x, const float* of_w) {
   const auto dims = w.dimensions();
   if (dims.size() != 2 || x.dimensions().size() == 0 ||
       x.dimensions().back() != dims[1]) {
     return xla::ffi::Error::InvalidArgument("x must be [..., D] and w [F, D]");
   }
   const int64_t num_f = dims[0], num_d = dims[1];
-  const int64_t num_t = num_d ? x.element_count() / num_d : 0;
-  if (num_t == 0 || num_f == 0) {  // an empty sum is zero
-    std::fill_n(y->typed_data(), y->element_count(), 0);
+  const int64_t num_t = num_f ? size / num_f : 0;
+  if (num_t == 0 || num_d == 0) {  // an empty sum is zero
+    std::memset(y, 0, size * sizeof(int32_t));
     return xla::ffi::Error::Success();
   }
-  Product product(x.typed_data(), w.typed_data(), y->typed_data(), num_t, num_f, num_d);
-  const int64_t worth = num_t * num_f * num_d / kMultiplicationsPerTask;
+  const int64_t worth =
+      std::max<int64_t>(num_t * num_f * num_d / kMultiplicationsPerTask, 1);
   const int64_t threads = std::min(pool.num_threads(), worth);
-  if (threads <= 1) {
-    product.Columns(0, num_f);
-    return xla::ffi::Error::Success();
-  }
-  const int64_t wanted = std::min(kTasksPerThread * threads, worth);
+  const int64_t wanted = threads > 1 ? std::min(kTasksPerThread * threads, worth) : 1;
   const bool panels = Isa::kPanel != 0 && num_t >= Isa::kPanelRows;
   const int64_t unit = panels ? Isa::kPanel : Isa::kCols;
   const int64_t units = (num_f + unit - 1) / unit;
   const int64_t columns = (units + wanted - 1) / wanted * unit;
   const int64_t num_tasks = (num_f + columns - 1) / columns;
-  std::shared_ptr<Shared> shared(new Shared{std::move(product), columns, num_tasks});
+  std::shared_ptr<Shared> shared(
+      new Shared{Product(x.typed_data(), w.typed_data(), static_cast<int32_t*>(y),
+                         num_t, num_f, num_d),
+                 of_x, of_w, columns, num_tasks});
   for (int64_t i = 1; i < std::min(threads, num_tasks); ++i) {
     pool.Schedule([shared] { shared->Work(); });
   }
@@ -333,14 +351,34 @@ xla::ffi::Error Dot(xla::ffi::ThreadPool pool, xla::ffi::Buffer<xla::ffi::S8> x,
   return xla::ffi::Error::Success();
 }
 
+xla::ffi::Error Dot(xla::ffi::ThreadPool pool, Codes x, Codes w,
+                    xla::ffi::ResultBuffer<xla::ffi::S32> y) {
+  return Run(pool, x, w, y->typed_data(), y->element_count(), nullptr, nullptr);
+}
+
+xla::ffi::Error ScaledDot(xla::ffi::ThreadPool pool, Codes x, Codes w, Scales of_x,
+                          Scales of_w, xla::ffi::ResultBuffer<xla::ffi::F32> y) {
+  return Run(pool, x, w, y->typed_data(), y->element_count(), of_x.typed_data(),
+             of_w.typed_data());
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(effjax_int8_dot, Dot,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Arg<Codes>()
+                                  .Arg<Codes>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(effjax_int8_dot_scaled, ScaledDot,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<Codes>()
+                                  .Arg<Codes>()
+                                  .Arg<Scales>()
+                                  .Arg<Scales>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
 // The same product on one thread, without XLA: for checking what was built.
 extern "C" void effjax_int8_dot_plain(const int8_t* x, const int8_t* w, int32_t* y,

@@ -32,6 +32,7 @@ from effjax.core import cache
 log = logging.getLogger(__name__)
 
 TARGET = "effjax_int8_dot"
+SCALED_TARGET = "effjax_int8_dot_scaled"
 SWITCH = "EFFJAX_NATIVE"
 SOURCE = pathlib.Path(__file__).with_name("int8_dot.cc")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -75,8 +76,9 @@ def _loaded() -> Status:
     path = _built()
     library = _library(path)
     _check(path, library)
-    capsule = jax.ffi.pycapsule(library.effjax_int8_dot)
-    jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
+    for target in (TARGET, SCALED_TARGET):
+      capsule = jax.ffi.pycapsule(getattr(library, target))
+      jax.ffi.register_ffi_target(target, capsule, platform="cpu")
   except (_UnavailableError, OSError) as error:
     reason = " ".join(str(error).split())
     log.warning("int8 products use XLA, not the native kernel: %s", reason)

@@ -135,10 +135,43 @@ def test_the_kernel_is_given_the_weight_as_it_lies(rows):
   scale = jax.ShapeDtypeStruct((1, 512), jnp.float32)
   fn = lambda *a: activations.contract(*a, out_first=True)
   compiled = jax.jit(fn).lower(x, w, scale).compile()
-  (call,) = [x for x in compiled.as_text().splitlines() if native.TARGET in x]
-  assert f"s32[{','.join(map(str, rows))},512]" in call
+  (call,) = [x for x in compiled.as_text().splitlines() if native.SCALED_TARGET in x]
+  assert f"f32[{','.join(map(str, rows))},512]" in call
   # No copy of the weight, of any type.
   assert compiled.memory_analysis().temp_size_in_bytes < 512 * 256
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (2, 9, 33), (70, 64)])
+def test_scales_give_the_bits_of_scaling_afterwards(rng, shape):
+  x, w = _codes(rng, *shape), _codes(rng, 37, shape[-1])
+  of_rows = rng.random((*shape[:-1], 1), np.float32)
+  of_w = rng.random((*(1 for _ in shape[1:]), 37), np.float32)
+  scaled = jax.jit(lambda *a: int8.int8_dot(a[0], a[1], a[2:], out_first=True))
+  static = np.full((1,) * len(shape), 0.3, np.float32)
+  for of_x in (of_rows, static):
+    expected = _exact(x, w).astype(np.int32).astype(np.float32) * of_x * of_w
+    np.testing.assert_array_equal(scaled(x, w, of_x, of_w), expected)
+  assert native.SCALED_TARGET in scaled.lower(x, w, of_x, of_w).as_text()
+
+
+def test_vmap_with_scales(rng):
+  x, w = _codes(rng, 4, 2, 33), _codes(rng, 4, 5, 33)
+  of_x, of_w = (rng.random(n, np.float32) for n in ((4, 2, 1), (4, 1, 5)))
+  scaled = jax.jit(lambda *a: int8.int8_dot(a[0], a[1], a[2:], out_first=True))
+  for axes in ((0, None, 0, None), (0, 0, 0, 0), (None, 0, None, 0), (0, None, 0, 0)):
+    parts = [
+      part if axis == 0 else part[0]
+      for part, axis in zip((x, w, of_x, of_w), axes, strict=True)
+    ]
+    mapped = jax.jit(jax.vmap(scaled, axes))
+    every = [
+      part if axis == 0 else np.stack([part] * 4)
+      for part, axis in zip(parts, axes, strict=True)
+    ]
+    one_by_one = [scaled(*each) for each in zip(*every, strict=True)]
+    np.testing.assert_array_equal(mapped(*parts), one_by_one)
+    # One weight: the kernel, for all rows at once.
+    assert _calls_kernel(mapped.lower(*parts)) == (axes[1] is axes[3] is None)
 
 
 def test_vmap(rng):
