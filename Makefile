@@ -3,7 +3,7 @@
 #
 #   make quickstart   train a small model, make it cheaper in six ways, print the table
 #   make test         the fast tests          (ARGS="-k rope" picks some)
-#   make test-all     every test
+#   make test-all     every test, compiled as programs of users are
 #   make lint         ruff and the import contracts
 #   make oracle       adds PyTorch and the other packages the tests compare with
 #   make clean        removes .venv and every cache; runs/ stays
@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.dev
-	$(PYTEST) $(ARGS)
+	EFFJAX_OPTIMIZED=1 $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

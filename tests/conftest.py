@@ -1,4 +1,5 @@
-"""How every test runs: 8 fake CPU devices, strict shapes, checked annotations.
+"""How every test runs: 8 fake CPU devices, strict shapes, checked annotations, and
+programs that are compiled quickly.
 
 `effjax` is imported through a hook that checks every jaxtyping annotation at run time
 with beartype: arguments and results of functions and of Linen modules, and fields of
@@ -19,6 +20,13 @@ CACHE_BYTES = 2**30
 # JAX remembers 8,192 calls of jitted functions a process, and beyond them none that are
 # new: functions that count their compilations would count none.
 TESTS_A_JIT_CACHE = 300
+# Programs of tests run once, so half of the time would go into optimizing them. Without
+# it XLA's own passes are the same, and LLVM's are few. What users run is what processes
+# that tests start run, and every test if EFFJAX_OPTIMIZED is set (`make test-all`).
+QUICK_TO_COMPILE = (
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_use_fusion_emitters=false",
+)
 
 
 def _environment() -> dict[str, str]:
@@ -48,7 +56,13 @@ def _configure_jax() -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+# A worker finds in its environment what pytest's first process has set.
+_XLA_FLAGS = [
+  flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in QUICK_TO_COMPILE
+]
 os.environ.update(_environment())
+if not os.environ.get("EFFJAX_OPTIMIZED"):
+  os.environ["XLA_FLAGS"] = " ".join([*_XLA_FLAGS, *QUICK_TO_COMPILE])
 _configure_jax()
 jaxtyping.install_import_hook("effjax", "beartype.beartype")
 
@@ -70,7 +84,7 @@ def tmp_workdir(tmp_path, monkeypatch) -> pathlib.Path:
 def subprocess_env() -> dict[str, str]:
   """Environment for a process of its own: effjax from this checkout, on one device."""
   path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-  return os.environ | {"PYTHONPATH": path}
+  return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": " ".join(_XLA_FLAGS)}
 
 
 _finished = itertools.count(1)
