@@ -162,7 +162,7 @@ def _timed(
 def _products(quick: bool) -> timing.Table:
   """A product of rows with a matrix, in float32 and in int8."""
   in_dim, out_dim = (64, 96) if quick else (1024, 2816)
-  rounds, calls = (2, 2) if quick else (7, 20)
+  rounds, calls = (2, 2) if quick else (40, 20)
   rng = np.random.default_rng(0)
   w_DF = jnp.asarray(rng.normal(size=(in_dim, out_dim)) * 0.02, jnp.float32)
   fmt = base.FormatOptions(bits=8, activations="int8").build()
