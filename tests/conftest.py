@@ -58,7 +58,9 @@ def _configure_jax() -> None:
 
 # A worker finds in its environment what pytest's first process has set.
 _XLA_FLAGS = [
-  flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in QUICK_TO_COMPILE
+  flag
+  for flag in os.environ.get("XLA_FLAGS", "").split()
+  if flag not in QUICK_TO_COMPILE
 ]
 os.environ.update(_environment())
 if not os.environ.get("EFFJAX_OPTIMIZED"):

@@ -10,12 +10,16 @@ speed there, measured on two AVX2 cores over the products of 8 decoder layers:
   than [in, out], by 1.2 to 1.5 at one token: hold decoding weights `out_first`;
 - with one row XLA converts the whole weight to int32 and takes more than ten times as
   long as with two, so one row is padded to two; more padding only costs;
-- the kernel reads the weight as it lies, and from 12 rows on rearranges panels of it in
-  the cache, so that no sum is added up across a vector (`effjax bench quantize`: with
-  16 rows from 2.2 to about 3 times as fast as float32, with 128 from 1.2 to 1.5);
+- the kernel reads the weight as it lies, and from 12 rows on (64 with VNNI) rearranges
+  panels of it in the cache, so that no sum is added up across a vector
+  (`effjax bench quantize`: with 16 rows from 2.2 to about 3 times as fast as float32,
+  with 128 from 1.2 to 1.5);
 - a cycle of AVX2 has two multiplications of 256 bits: 32 operations of float32 or 64 of
   int16, which codes are widened to. With many rows that is twice as fast at most,
-  beside a float32 product at its peak; VNNI takes four codes at once;
+  beside a float32 product at its peak. AVX-512 with VNNI takes four codes for a float:
+  there 128 rows are a little more than 3 times as fast, the product alone nearly 4;
+- scales multiply the sums while they are in the cache: 30 microseconds of 560 with 128
+  rows of [1024] x [1024, 2816] and VNNI;
 - a weight that comes from memory is waited for unless it is fetched ahead: 145 against
   70 microseconds for [1, 512] x [512, 1376] on one busy core.
 
