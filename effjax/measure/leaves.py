@@ -12,7 +12,10 @@ from effjax.core import compiling
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import masked
+from effjax.weights.leaves import masked, n_of_m
+
+# Leaf kinds with a mask of what stays.
+_SPARSE = (masked.Masked, n_of_m.NOfM)
 
 
 def nested(leaf: Any) -> Iterator[leaf_lib.Leaf]:
@@ -45,7 +48,7 @@ def kept_fractions(flat: Mapping[str, Any]) -> dict[str, float]:
     flat: path to leaf.
   """
   masks = {
-    path: [part for part in nested(leaf) if isinstance(part, masked.Masked)]
+    path: [part for part in nested(leaf) if isinstance(part, _SPARSE)]
     for path, leaf in flat.items()
   }
   kept = _mask_rows(masks)
@@ -80,7 +83,7 @@ def _total(rows: jax.Array) -> int:
 
 
 @compiling.jit_once
-def _mask_rows(masks: Mapping[str, list[masked.Masked]]) -> dict[str, list[jax.Array]]:
+def _mask_rows(masks: Mapping[str, list[leaf_lib.Leaf]]) -> dict[str, list[jax.Array]]:
   count = lambda part: jnp.sum(part.mask(), axis=-1, dtype=jnp.int32)
   return {path: [count(part) for part in parts] for path, parts in masks.items()}
 

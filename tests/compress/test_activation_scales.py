@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(rng):
   with pytest.raises(errors.InputError, match="w.left: .*of a low-rank one"):
     _apply("rtn", low, stats)
   pruned = masked.Masked.create(w, w > 0)
-  with pytest.raises(errors.InputError, match="w is masked, which multiplies a dense"):
+  with pytest.raises(errors.InputError, match="w is pruned, which multiplies a dense"):
     _apply("rtn", pruned, stats)
 
 

@@ -11,40 +11,24 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from effjax.compress import calibrate, registry
+from effjax.compress import calibrate, hessians, registry
 from effjax.compress.quantize import gptq
 from effjax.core import errors, specs
 from effjax.core import registry as registry_lib
 from effjax.weights.formats import base
 from effjax.weights.leaves import low_rank, masked, quantized
+from tests.compress.hessian_problems import problem, stats_of
 
 MATRIX = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix")
 EMBEDDING = specs.ParamSpec(axes=("vocab", "embed"), kind="embedding")
 DAMPING = 0.01
 
 
-def _stats(hessian, count=100.0):
-  """As calibration gives them."""
-  diagonal = jnp.diagonal(hessian, axis1=-2, axis2=-1)
-  counts = jnp.full(hessian.shape[:-2], count)
-  return calibrate.InputStats(diagonal, jnp.sqrt(diagonal), counts, hessian)
-
-
 def _gptq(w, hessian, spec=MATRIX, **options):
   technique = registry.find("gptq")
-  stats = {"w": _stats(hessian)}
+  stats = {"w": stats_of(hessian)}
   where = {"kind": (spec.kind,)}
   return technique({"w": w}, {"w": spec}, stats, where=where, options=options)["w"]
-
-
-def _problem(seed=0, in_dim=64, out_dim=32, stack=()):
-  """A matrix and the Hessians of correlated inputs, float64."""
-  rng = np.random.default_rng(seed)
-  mix = rng.standard_normal((*stack, in_dim // 4, in_dim))
-  x = rng.standard_normal((*stack, 512, in_dim // 4)) @ mix
-  x += 0.5 * rng.standard_normal(x.shape)
-  w = rng.standard_normal((*stack, in_dim, out_dim))
-  return w, np.swapaxes(x, -1, -2) @ x
 
 
 def _objective(w, leaf, h):
@@ -114,7 +98,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_paper(case):
   options = CASES[case]
-  w, h = _problem()
+  w, h = problem()
   renamed = {"static" if k == "static_groups" else k: v for k, v in options.items()}
   expected = _paper(w, h, **renamed).T
   with jax.enable_x64(True):
@@ -138,7 +122,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_every_format_loses_less_than_with_rounding_to_nearest(options):
-  w, h = _problem(seed=1, out_dim=8)
+  w, h = problem(seed=1, out_dim=8)
   w = jnp.asarray(w, jnp.float32)
   leaf = _gptq(w, jnp.asarray(h, jnp.float32), **options)
   # Options with their defaults are those that ran.
@@ -154,7 +138,7 @@ def test_every_format_loses_less_than_with_rounding_to_nearest(options):
 
 @pytest.mark.parametrize("options", [{"format": "nvfp4"}, {"act_order": True}], ids=str)
 def test_stacked_matrices_are_those_alone(options):
-  w, h = (jnp.asarray(a, jnp.float32) for a in _problem(stack=(2, 2), out_dim=8))
+  w, h = (jnp.asarray(a, jnp.float32) for a in problem(stack=(2, 2), out_dim=8))
   stacked = _gptq(w, h, **options)
   for at in np.ndindex(2, 2):
     alone = _gptq(w[at], h[at], **options)
@@ -163,7 +147,7 @@ def test_stacked_matrices_are_those_alone(options):
 
 def test_an_embedding_is_the_transpose(rng):
   """A tied head contracts the last axis of a table, whose Hessian that is."""
-  w, h = (jnp.asarray(a, jnp.float32) for a in _problem(out_dim=8))
+  w, h = (jnp.asarray(a, jnp.float32) for a in problem(out_dim=8))
   table = _gptq(w.T, h, EMBEDDING, group=16)
   matrix = _gptq(w, h, group=16)
   assert table.shape == (8, 64) and table.axis == -1
@@ -172,7 +156,7 @@ def test_an_embedding_is_the_transpose(rng):
 
 @pytest.mark.parametrize("group", [0, 16])
 def test_zeros_of_a_mask_stay_and_are_made_up_for(rng, group):
-  w, h = (jnp.asarray(a, jnp.float32) for a in _problem(out_dim=8))
+  w, h = (jnp.asarray(a, jnp.float32) for a in problem(out_dim=8))
   mask = jnp.asarray(rng.random(w.shape) < 0.5)
   leaf = _gptq(masked.Masked.create(w, mask), h, group=group)
   assert isinstance(leaf, masked.Masked)
@@ -187,7 +171,7 @@ def test_zeros_of_a_mask_stay_and_are_made_up_for(rng, group):
 
 
 def test_inputs_that_were_never_there_get_zeros():
-  w, h = _problem(out_dim=8)
+  w, h = problem(out_dim=8)
   h[[3, 40]] = h[:, [3, 40]] = 0
   w[3] *= 100  # Would be most of the grid.
   for options in ({"group": 16}, {"act_order": True}):
@@ -199,17 +183,17 @@ def test_inputs_that_were_never_there_get_zeros():
 
 def test_damping_that_is_raised_is_told(caplog):
   rng = np.random.default_rng(0)
-  w, h = _problem(out_dim=8, stack=(2,))
+  w, h = problem(out_dim=8, stack=(2,))
   x = rng.standard_normal((5, 64))
   h[1] = x.T @ x
   w, h = jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)
-  with caplog.at_level(logging.INFO, logger=gptq.__name__):
+  with caplog.at_level(logging.INFO, logger=hessians.__name__):
     leaf = _gptq(w, h, damping=0.0)
   assert np.all(np.isfinite(leaf.dense()))
   (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
   assert "raised from 0 for w[1] to 0.0001" in warning.getMessage()
   caplog.clear()
-  with caplog.at_level(logging.INFO, logger=gptq.__name__):
+  with caplog.at_level(logging.INFO, logger=hessians.__name__):
     _gptq(w, h)
   assert [r.getMessage() for r in caplog.records] == [
     "gptq: 1 parameters, damping 0.01"
@@ -217,9 +201,9 @@ def test_damping_that_is_raised_is_told(caplog):
 
 
 def test_an_expert_without_tokens_is_rounded_to_nearest_and_named(caplog):
-  w, h = (jnp.asarray(a, jnp.float32) for a in _problem(out_dim=8, stack=(2,)))
+  w, h = (jnp.asarray(a, jnp.float32) for a in problem(out_dim=8, stack=(2,)))
   h = h.at[1].set(0)
-  stats = {"w": _stats(h)}
+  stats = {"w": stats_of(h)}
   count = jnp.asarray([100.0, 0.0])
   stats["w"] = calibrate.InputStats(None, None, count, h)
   made = registry.find("gptq")({"w": w}, {"w": MATRIX}, stats, options={"group": 16})
@@ -263,17 +247,21 @@ H = jnp.eye(64)
   [
     (None, {}, "w: gptq has no statistics of it"),
     (calibrate.InputStats(H[0], H[0], 1.0), {}, r'collect=\("hessian",\)'),
-    (_stats(H.at[3, 3].set(jnp.nan)), {}, "w: its Hessian is not finite"),
-    (_stats(-H), {}, "w: no damping up to 1000 of the mean"),
-    (_stats(H[:32, :32]), {}, r"has shape \(32, 32\), not \(64, 64\)"),
-    (_stats(H, count=0.0), {}, "w: calibration gave it no token"),
-    (_stats(H, count=63.0), {}, "w: calibration gave it 63 tokens, fewer than its 64"),
-    (_stats(H), {"group": 12}, "w: group 12 does not divide .* legal group is 8"),
-    (_stats(H), {"bits": 7}, "bits=7 must be one of"),
-    (_stats(H), {"damping": -1.0}, "damping=-1.0 must not be negative"),
-    (_stats(H), {"block": 0}, "block=0 must be positive"),
-    (_stats(H), {"format": "nf4", "bits": 4}, "format 'nf4' has no option bits"),
-    (_stats(H), {"range": "max"}, "unknown range"),
+    (stats_of(H.at[3, 3].set(jnp.nan)), {}, "w: its Hessian is not finite"),
+    (stats_of(-H), {}, "w: no damping up to 1000 of the mean"),
+    (stats_of(H[:32, :32]), {}, r"has shape \(32, 32\), not \(64, 64\)"),
+    (stats_of(H, count=0.0), {}, "w: calibration gave it no token"),
+    (
+      stats_of(H, count=63.0),
+      {},
+      "w: calibration gave it 63 tokens, fewer than its 64",
+    ),
+    (stats_of(H), {"group": 12}, "w: group 12 does not divide .* legal group is 8"),
+    (stats_of(H), {"bits": 7}, "bits=7 must be one of"),
+    (stats_of(H), {"damping": -1.0}, "damping=-1.0 must not be negative"),
+    (stats_of(H), {"block": 0}, "block=0 must be positive"),
+    (stats_of(H), {"format": "nf4", "bits": 4}, "format 'nf4' has no option bits"),
+    (stats_of(H), {"range": "max"}, "unknown range"),
   ],
 )
 def test_mistakes(stats, options, message):
@@ -284,7 +272,7 @@ def test_mistakes(stats, options, message):
 
 
 def test_what_it_does_not_take():
-  transform, stats = registry.find("gptq"), {"w": _stats(H)}
+  transform, stats = registry.find("gptq"), {"w": stats_of(H)}
   once = transform({"w": W}, {"w": MATRIX}, stats)
   with pytest.raises(errors.InputError, match="w is already a quantized leaf"):
     transform(once, {"w": MATRIX}, stats)

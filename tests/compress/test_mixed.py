@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.compress import calibrate, registry, sensitivity
+from effjax.compress import calibrate, derivatives, registry
 from effjax.compress.quantize import mixed
 from effjax.core import errors, layers, specs
 from effjax.core import tree as tree_lib
@@ -59,7 +59,7 @@ def _losses(net):
   model, params, spec_tree, batches = net
   flat = tree_lib.flatten(params)
   paths = [p for p in flat if p.endswith(("mlp/up", "mlp/down", "head"))]
-  scores = sensitivity.fisher(model, params, batches, paths)
+  scores = derivatives.fisher(model, params, batches, paths)
   losses = {}
   for choice in CHOICES:
     rounded = registry.find("rtn")(params, spec_tree, where=WHERE, options=choice)
@@ -227,7 +227,7 @@ def test_traces_times_squared_changes(net):
   model, params, _, batches = net
   options = {"choices": CHOICES, "sensitivity": "hessian", "bits_per_weight": 5}
   table = mixed.plan(*net, where={"path": "^head$"}, options=options)
-  trace = sensitivity.hessian_traces(model, params, batches, ["head"])["head"]
+  trace = derivatives.hessian_traces(model, params, batches, ["head"])["head"]
   assert float(trace) > 0  # the loss is convex in the head
   (unit,) = table.units
   rounded = registry.find("rtn")(

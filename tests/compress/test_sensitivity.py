@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.compress import calibrate, sensitivity
+from effjax.compress import calibrate, derivatives, sensitivity
 from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.models import decoder, encoder, encoder_config
@@ -51,7 +51,7 @@ def _softmax(logits):
 
 def test_fisher_of_a_linear_model(bigram):
   model, params, batches, table_VD, w_DV = bigram
-  got = sensitivity.fisher(model, params, batches, ["head/w"])["head/w"]
+  got = derivatives.fisher(model, params, batches, ["head/w"])["head/w"]
   squares, total = np.zeros((DIM, VOCAB)), 0.0
   for batch in batches:
     for inputs, targets, weights in zip(
@@ -87,12 +87,12 @@ def test_forms_along_the_basis_are_the_diagonal(bigram):
     jax.nn.logsumexp(x_TD @ selected["w"], axis=-1) * weights_T
   )
   exact = _bigram_hessian(batches[:1], table_VD, w_DV) * weights_T.sum()
-  form = lambda vector_DV: sensitivity.quadratic_forms(
+  form = lambda vector_DV: derivatives.quadratic_forms(
     loss, {"w": params["head"]["w"]}, {"w": vector_DV}
   )["w"]
   basis = jnp.eye(DIM * VOCAB).reshape(-1, DIM, VOCAB)
   np.testing.assert_allclose(jax.vmap(form)(basis), np.diag(exact), rtol=1e-4)
-  rows = lambda vector_DV: sensitivity.quadratic_forms(
+  rows = lambda vector_DV: derivatives.quadratic_forms(
     loss, {"w": params["head"]["w"]}, {"w": vector_DV}, stacked=["w"]
   )["w"]
   by_row = np.diag(exact).reshape(DIM, VOCAB)
@@ -103,7 +103,7 @@ def test_forms_along_the_basis_are_the_diagonal(bigram):
 def test_hessian_trace_of_a_linear_model(bigram):
   model, params, batches, table_VD, w_DV = bigram
   probes = 512
-  trace = sensitivity.hessian_traces(model, params, batches, ["head/w"], probes=probes)
+  trace = derivatives.hessian_traces(model, params, batches, ["head/w"], probes=probes)
   exact = _bigram_hessian(batches, table_VD, w_DV)
   # Of v^T H v the variance is twice the sum of squares beside the diagonal; probes of
   # the batches are independent, so that of the mean Hessian's is an upper bound of it.
@@ -111,9 +111,9 @@ def test_hessian_trace_of_a_linear_model(bigram):
   spread = np.sqrt(2 * np.square(beside).sum() / probes)
   assert spread < 0.05 * np.trace(exact)
   assert abs(float(trace["head/w"]) - np.trace(exact)) < 4 * spread
-  again = sensitivity.hessian_traces(model, params, batches, ["head/w"], probes=probes)
+  again = derivatives.hessian_traces(model, params, batches, ["head/w"], probes=probes)
   assert float(again["head/w"]) == float(trace["head/w"])
-  other = sensitivity.hessian_traces(
+  other = derivatives.hessian_traces(
     model, params, batches, ["head/w"], probes=probes, seed=1
   )
   assert float(other["head/w"]) != float(trace["head/w"])
@@ -153,10 +153,28 @@ def _train_loss(model, params, batch):
   return loss.objective, loss.weight
 
 
+def test_fisher_of_drawn_targets_is_the_gauss_newton_diagonal(bigram):
+  model, params, batches, table_VD, w_DV = bigram
+  exact, total = np.zeros((DIM, VOCAB)), 0.0
+  for batch in batches:
+    x_TD = table_VD[batch["inputs"].ravel()]
+    p_TV, weights_T = _softmax(x_TD @ w_DV), batch["weights"].ravel()
+    # Of cross entropy the Hessian by one logit is p (1 - p); logits are linear in w.
+    exact += np.einsum("t,td,tv->dv", weights_T, x_TD**2, p_TV * (1 - p_TV))
+    total += weights_T.sum()
+  exact /= total
+  draw = lambda probes: derivatives.fisher(
+    model, params, batches, ["head/w"], probes=probes, seed=1
+  )["head/w"]
+  got = np.asarray(draw(400))
+  assert np.linalg.norm(got - exact) < 0.1 * np.linalg.norm(exact)
+  np.testing.assert_array_equal(draw(2), draw(2))
+
+
 def test_fisher_of_a_decoder_is_that_of_the_training_loss(tiny):
   model, params, batch = tiny
-  got = sensitivity.fisher(model, params, [batch], PATHS)
-  full = sensitivity.with_targets(batch)
+  got = derivatives.fisher(model, params, [batch], PATHS)
+  full = derivatives.with_targets(batch)
   gradient = jax.jit(jax.grad(lambda p, b: _train_loss(model, p, b)[0]))
   squares = {path: np.zeros(got[path].shape) for path in PATHS}
   for b in range(3):
@@ -173,7 +191,7 @@ def test_fisher_of_a_decoder_is_that_of_the_training_loss(tiny):
 
 def test_traces_of_a_decoder_are_those_of_the_exact_hessian(tiny):
   model, params, batch = tiny
-  full = sensitivity.with_targets(batch)
+  full = derivatives.with_targets(batch)
   flat = tree_lib.flatten(params)
   shapes = [(path, flat[path].shape) for path in PATHS]
 
@@ -192,7 +210,7 @@ def test_traces_of_a_decoder_are_those_of_the_exact_hessian(tiny):
   traces = np.bincount(units, np.diag(exact))
 
   probes = 1000
-  got = sensitivity.hessian_traces(
+  got = derivatives.hessian_traces(
     model, params, [batch], PATHS, stacked=PATHS, probes=probes
   )
   got = np.concatenate([np.asarray(got[path]) for path in PATHS])
@@ -265,29 +283,29 @@ def test_targets_are_the_inputs_shifted_within_segments():
     "inputs": np.array([[5, 6, 7, 8, 9, 0]], np.int32),
     "segments": np.array([[1, 1, 2, 2, 2, 0]], np.int32),
   }
-  full = sensitivity.with_targets(batch)
+  full = derivatives.with_targets(batch)
   np.testing.assert_array_equal(full["targets"][0, [0, 2, 3]], [6, 8, 9])
   np.testing.assert_array_equal(full["weights"], [[1, 0, 1, 1, 0, 0]])
-  bare = sensitivity.with_targets({"inputs": batch["inputs"]})
+  bare = derivatives.with_targets({"inputs": batch["inputs"]})
   np.testing.assert_array_equal(bare["weights"], [[1, 1, 1, 1, 1, 0]])
   given = {"targets": batch["inputs"] + 1, "weights": np.full((1, 6), 0.5)}
-  full = sensitivity.with_targets(batch | given)
+  full = derivatives.with_targets(batch | given)
   np.testing.assert_array_equal(full["targets"], given["targets"])
   np.testing.assert_array_equal(full["weights"], given["weights"])
-  full = sensitivity.with_targets(batch | {"targets": given["targets"]})
+  full = derivatives.with_targets(batch | {"targets": given["targets"]})
   np.testing.assert_array_equal(full["weights"], [[1, 1, 1, 1, 1, 0]])
 
 
 def test_nothing_to_learn_from_is_refused(bigram, tiny):
   model, params, batches, *_ = bigram
   with pytest.raises(errors.InputError, match="no target"):
-    sensitivity.fisher(model, params, [], ["head/w"])
+    derivatives.fisher(model, params, [], ["head/w"])
   silent = [batches[0] | {"weights": np.zeros((2, 6), np.float32)}]
   with pytest.raises(errors.InputError, match="no target"):
-    sensitivity.hessian_traces(model, params, silent, ["head/w"])
+    derivatives.hessian_traces(model, params, silent, ["head/w"])
   broken = {"head": {"w": params["head"]["w"] * jnp.nan}}
   with pytest.raises(errors.InputError, match="head/w are not finite"):
-    sensitivity.fisher(model, broken, batches, ["head/w"])
+    derivatives.fisher(model, broken, batches, ["head/w"])
   model, params, batch = tiny
   stats = calibrate.calibrate(model, params, [batch], collect=("hessian",))
   with pytest.raises(errors.InputError, match="embed/table: no input"):
@@ -303,7 +321,7 @@ def test_a_model_without_second_derivatives_is_refused():
   paths = [p for p in tree_lib.flatten(params) if p.endswith("mixer/q")]
   assert paths
   sensitivity.check("gradient", model, params, paths)
-  with pytest.raises(errors.InputError, match="use sensitivity='gradient'"):
+  with pytest.raises(errors.InputError, match="sensitivity='gradient'"):
     sensitivity.check("hessian", model, params, paths)
 
 
@@ -320,6 +338,6 @@ def test_scanned_recurrences_have_second_derivatives(mixer):
 def test_an_encoder_has_no_next_token():
   config = encoder_config.EncoderConfig(vocab_size=64, embed_dim=32, num_layers=1)
   model = encoder.Encoder(config)
-  with pytest.raises(errors.InputError, match="use sensitivity='output'"):
+  with pytest.raises(errors.InputError, match="sensitivity='output'"):
     sensitivity.check("gradient", model, {}, [])
   sensitivity.check("output", model, {}, [])

@@ -13,6 +13,7 @@ from effjax.weights.leaves import (
   fake_quantized,
   low_rank,
   masked,
+  n_of_m,
   quantized,
   rotated,
   two_level,
@@ -52,6 +53,21 @@ def _static(key, shape, axis, inner):
 def _masked(key, shape, axis, inner=None):
   values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
   return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
+
+
+def _n_of_m(key, shape, axis, *, keep=2, of=4, inner=None):
+  """With places drawn at random, and values of another kind with `inner`."""
+  order = jax.random.uniform(key, shape)
+  groups = jnp.moveaxis(order, axis, -1).reshape(-1, of)
+  rank = jnp.argsort(jnp.argsort(groups, axis=-1), axis=-1)
+  turned = list(shape)
+  turned.append(turned.pop(axis))
+  mask = jnp.moveaxis((rank < keep).reshape(turned), -1, axis)
+  w = jax.random.normal(key, shape)
+  leaf = n_of_m.NOfM.create(w, mask, keep=keep, of=of, axis=axis)
+  if inner is None:
+    return leaf
+  return dataclasses.replace(leaf, values=inner(key, leaf.values.shape, axis))
 
 
 def _two_level(key, shape, axis, *, bits=6, signed=False, groups=2):
@@ -198,6 +214,8 @@ KINDS = {
   "low_rank": _low_rank,
   "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,
+  "n_of_m": _n_of_m,
+  "n_of_m_int8": functools.partial(_n_of_m, keep=4, of=8, inner=_quantized),
   "masked_int4": functools.partial(_masked, inner=_int4),
   "fake_int4": functools.partial(_fake, bits=4, groups=4),
   "fake_int8_dynamic": functools.partial(_fake, activations="int8"),
@@ -219,6 +237,7 @@ VARIATIONS = (
   "fp8_static",
   "low_rank_int8",
   "masked_int4",
+  "n_of_m_int8",
   "fake_int4",
   "fake_nf4",
   "fake_lsq",

@@ -12,7 +12,7 @@ from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights.formats import base
-from effjax.weights.leaves import low_rank, masked, rotated
+from effjax.weights.leaves import low_rank, masked, n_of_m, rotated
 
 _KINDS = ("matrix", "embedding")
 # `one(path, w)`: the leaf of a matrix [*stack, in, out], or of an embedding turned so.
@@ -31,8 +31,8 @@ def replace(
   """The tree with leaves in place of the selected parameters.
 
   A `Masked` parameter stays masked: its values are quantized, and a zero that the
-  format has stays one. So does a `Rotated` one stay rotated. Of a `LowRank` one each
-  factor is quantized.
+  format has stays one. So does a `Rotated` one stay rotated, and an `NOfM` one sparse:
+  what stays is quantized. Of a `LowRank` one each factor is quantized.
 
   Args:
     params, specs: the tree.
@@ -71,13 +71,15 @@ def replace(
         f"{name} cannot quantize {path} of kind {spec.kind!r}; it takes "
         + ", ".join(_KINDS)
       )
-    if isinstance(leaf, masked.Masked) and not leaf_lib.is_leaf_kind(leaf.values):
+    sparse = isinstance(leaf, masked.Masked | n_of_m.NOfM)
+    if sparse and not leaf_lib.is_leaf_kind(leaf.values):
       if options is not None and options.activations not in (None, "none"):
         raise errors.InputError(
-          f"{path} is masked, which multiplies a dense weight; quantize it with "
+          f"{path} is pruned, which multiplies a dense weight; quantize it with "
           "activations='none'"
         )
-      values = leaf_of(path, leaf.dense(), spec)
+      inner = leaf.dense() if isinstance(leaf, masked.Masked) else leaf.values
+      values = leaf_of(path, inner, spec)
       return dataclasses.replace(leaf, values=values)
     if isinstance(leaf, rotated.Rotated) and not leaf_lib.is_leaf_kind(leaf.values):
       _refuse_static_scales(path, options)

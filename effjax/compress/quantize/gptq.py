@@ -16,28 +16,19 @@ is rounded to nearest, and the log names it.
 
 import dataclasses
 import functools
-import logging
-import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from effjax.compress import calibrate
+from effjax.compress import hessians
 from effjax.compress.quantize import _matrices, rtn
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import column_sweep
 from effjax.weights.formats import base
-from effjax.weights.leaves import masked, rotated
-
-log = logging.getLogger(__name__)
-
-# Of stacked matrices, those whose Hessians fit into this are worked on at once: a
-# device has more to do in each step, and what is inverted does not exist for all.
-_TOGETHER_BYTES = 2**28
+from effjax.weights.leaves import masked, n_of_m, rotated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,22 +56,6 @@ class GPTQOptions(rtn.RTNOptions):
     config.require(self.block > 0, f"block={self.block} must be positive")
 
 
-class Report(NamedTuple):
-  """What is known of a matrix afterwards, `[*stack]`.
-
-  Attributes:
-    used: whether calibration gave it tokens.
-    finite: whether its Hessian is finite.
-    damping: that was used.
-    loss: tr((W - Q)^T H (W - Q)) with the damped Hessian; not finite if it failed.
-  """
-
-  used: Any
-  finite: Any
-  damping: Any
-  loss: Any
-
-
 def quantize(
   params: Mapping[str, Any],
   specs: Mapping[str, Any],
@@ -98,8 +73,8 @@ def quantize(
       that can be used, or one of fewer tokens than it has inputs.
   """
   before, found = tree_lib.flatten(params), tree_lib.flatten(stats or {})
-  _require_tokens({path: found[path] for path in paths if path in found})
-  reports: dict[str, Report] = {}
+  hessians.require_tokens({path: found[path] for path in paths if path in found})
+  reports: dict[str, hessians.Report] = {}
 
   def one(path: str, w: jax.Array, axis: int) -> Any:
     old = before.get(path)
@@ -108,10 +83,15 @@ def quantize(
         "calibration knows the inputs of a matrix, not of the factors of a low-rank "
         "one; quantize it with rtn"
       )
+    if isinstance(old, n_of_m.NOfM):
+      raise errors.InputError(
+        "gptq goes through all inputs of a matrix, of which this one holds a part; "
+        "prune it with packed=False, or quantize it with rtn"
+      )
     mask = old.mask() if isinstance(old, masked.Masked) else None
     if mask is not None and axis == -1:
       mask = jnp.swapaxes(mask, -1, -2)
-    of_inputs = _usable(found.get(path), w)
+    of_inputs = hessians.usable("gptq", found.get(path), w)
     hessian = of_inputs.hessian
     if isinstance(old, rotated.Rotated):
       hessian = old.rotate_hessian(hessian)
@@ -121,83 +101,8 @@ def quantize(
     return leaf
 
   made = _matrices.replace(params, specs, paths, "gptq", one, options, stats)
-  # A plan traces this on shapes, of whose values there is nothing to say.
-  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(reports)):
-    _check_and_tell(jax.device_get(reports), options)
+  hessians.check_and_tell("gptq", reports, options.damping, "rounded to nearest")
   return made
-
-
-def _usable(stats: Any, w: jax.Array) -> calibrate.InputStats:
-  """The statistics of w, with its Hessian `[*stack, in, in]`."""
-  if stats is None:
-    raise errors.InputError(
-      "gptq has no statistics of it; pass effjax.calibrate(model, params, batches, "
-      'collect=("hessian",)). What contracts no input, such as an embedding that is '
-      "only looked up, has none"
-    )
-  if stats.hessian is None:
-    raise errors.InputError(
-      "gptq needs Hessians, which were not collected; pass effjax.calibrate(model, "
-      'params, batches, collect=("hessian",))'
-    )
-  expected = (*w.shape[:-1], w.shape[-2])
-  config.require(
-    tuple(stats.hessian.shape) == expected,
-    f"its Hessian has shape {tuple(stats.hessian.shape)}, not {expected}; the "
-    "statistics are of another model",
-  )
-  return stats
-
-
-def _require_tokens(found: Mapping[str, calibrate.InputStats]) -> None:
-  """Raises InputError unless Hessians can have full rank; of experts the fullest one.
-
-  With fewer tokens than inputs there are directions that nothing was seen of, in which
-  only the damping keeps the weights from going anywhere.
-  """
-  counts = {p: stats.count for p, stats in found.items() if stats.hessian is not None}
-  if any(isinstance(count, jax.core.Tracer) for count in counts.values()):
-    return
-  for path, count in jax.device_get(counts).items():
-    tokens, inputs = int(np.max(count)), found[path].hessian.shape[-1]
-    config.require(
-      tokens == 0 or tokens >= inputs,
-      f"{path}: calibration gave it {tokens} tokens, fewer than its {inputs} inputs; "
-      "calibrate on more text (num_tokens)",
-    )
-
-
-def _check_and_tell(reports: Mapping[str, Report], options: GPTQOptions) -> None:
-  """Raises InputError for the first failure; logs what is not as it was asked for."""
-  raised: list[str] = []
-  unseen: list[str] = []
-  for path, report in reports.items():
-    used, finite, damping, loss = map(np.asarray, report)
-    config.require(bool(finite.all()), f"{path}: its Hessian is not finite")
-    config.require(bool(used.any()), f"{path}: calibration gave it no token")
-    config.require(
-      bool(np.isfinite(loss).all()),
-      f"{path}: no damping up to {damping.max():g} of the mean of its diagonal makes "
-      "its Hessian positive definite, or the weight itself is not finite",
-    )
-    higher = np.asarray(damping > options.damping * (1 + 1e-6))  # float32 is inexact
-    raised += [f"{name} to {damping[at]:g}" for at, name in _places(path, higher)]
-    unseen += [name for _, name in _places(path, np.asarray(~used))]
-  log.info("gptq: %d parameters, damping %g", len(reports), options.damping)
-  if raised:
-    log.warning(
-      "gptq: Hessians not positive definite; damping raised from %g for %s",
-      options.damping,
-      ", ".join(raised),
-    )
-  if unseen:
-    log.warning("gptq: no token seen, rounded to nearest: %s", ", ".join(unseen))
-
-
-def _places(path: str, chosen: np.ndarray) -> list[tuple[tuple[int, ...], str]]:
-  """Where on the stack of a parameter `chosen` is true, and the name of each place."""
-  places = [tuple(map(int, at)) for at in np.argwhere(chosen)]
-  return [(at, f"{path}[{', '.join(map(str, at))}]" if at else path) for at in places]
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "options"))
@@ -208,21 +113,13 @@ def _quantize_array(
   used: jax.Array,
   axis: int,
   options: GPTQOptions,
-) -> tuple[Any, Report]:
-  """One array: of what is stacked as many at once as `_TOGETHER_BYTES` says."""
+) -> tuple[Any, hessians.Report]:
+  """One array, of what is stacked one matrix after the other or some together."""
   dtype = jnp.promote_types(w.dtype, jnp.float32)
   parts = (w.astype(dtype), mask, hessian.astype(dtype), used)
-  one = lambda parts: quantize_matrix(*parts, options)
-  stack = w.shape[:-2]
-  if not stack:
-    codes, grid, report = one(parts)
-  else:
-    total = math.prod(stack)
-    most = _TOGETHER_BYTES // (w.shape[-2] ** 2 * dtype.itemsize)
-    together = column_sweep.block_size(total, max(most, 1))
-    flat = jax.tree.map(lambda a: a.reshape(total, *a.shape[len(stack) :]), parts)
-    made = jax.lax.map(one, flat, batch_size=together)
-    codes, grid, report = jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), made)
+  codes, grid, report = hessians.map_stack(
+    lambda parts: quantize_matrix(*parts, options), parts, w.shape[:-2]
+  )
   leaf = options.build().leaf(codes, grid, axis=axis, dtype=w.dtype)
   return leaf, report
 
@@ -233,7 +130,7 @@ def quantize_matrix(
   hessian: jax.Array,
   used: jax.Array,
   options: GPTQOptions,
-) -> tuple[jax.Array, dict[str, jax.Array], Report]:
+) -> tuple[jax.Array, dict[str, jax.Array], hessians.Report]:
   """GPTQ of one matrix, as pure arrays.
 
   Args:
@@ -269,7 +166,7 @@ def quantize_matrix(
   else:
     swept, grid = _group_by_group(fmt, w, mask, factor.upper, options)
   codes = swept.parts if back is None else swept.parts[back]
-  return codes, grid, Report(used, finite, factor.damping, swept.loss)
+  return codes, grid, hessians.Report(used, finite, factor.damping, swept.loss)
 
 
 def _on_grids(

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from effjax.compress import allocate, calibrate, sensitivity
+from effjax.compress import allocate, calibrate, derivatives, sensitivity
 from effjax.compress.quantize import _mixture, gptq, rtn
 from effjax.core import config, errors, layers, select, technique
 from effjax.core import tree as tree_lib
@@ -297,8 +297,8 @@ def _scores(
   if options.sensitivity == "output":
     return sensitivity.output_hessians(stats, batches, paths)
   if options.sensitivity == "gradient":
-    return sensitivity.fisher(model, params, batches, paths)
-  traces = sensitivity.hessian_traces(
+    return derivatives.fisher(model, params, batches, paths)
+  traces = derivatives.hessian_traces(
     model, params, batches, paths, stacked, probes=options.probes, seed=options.seed
   )
   # At a minimum no trace is negative; a unit whose estimate is has no known damage.

@@ -1,0 +1,120 @@
+"""Scores for pruning on one small model, at 30, 50 and 70 % and 2:4.
+
+Question: which weights can go after training, with nothing trained after them?
+
+Model and text: those of configs/quickstart.py, trained once. All matrices but the
+embedding lose the same share, so that rows differ by the score alone; `owl` rows and
+those of one threshold for the whole model say what another budget does. Calibration has
+16,384 tokens that evaluation does not have; calibrated rows are run with three draws of
+them, random ones with three seeds.
+
+Command: effjax run --config configs/pruning.py
+"""
+
+import ml_collections
+
+from effjax.core import errors
+
+SEEDS = (0, 1, 2)
+AMOUNTS = {
+  "30": {"sparsity": 0.3},
+  "50": {"sparsity": 0.5},
+  "70": {"sparsity": 0.7},
+  "2of4": {"pattern": "2:4"},
+}
+# Name, transform, options beside the amount, order of calibration.
+_CALIBRATED = (
+  ("taylor", "taylor", {}, "one_shot"),
+  ("fisher", "fisher", {}, "one_shot"),
+  ("obd", "obd", {}, "one_shot"),
+  ("wanda", "wanda", {}, "one_shot"),
+  ("wanda-owl", "wanda", {"budget": "owl"}, "one_shot"),
+  ("sparsegpt", "sparsegpt", {}, "one_shot"),
+  ("sparsegpt-turns", "sparsegpt", {}, "sequential"),
+  ("obs", "obs", {}, "one_shot"),
+)
+# What "2:4" leaves no choice of: a budget, or single weights.
+_NOT_OF_GROUPS = ("wanda-owl", "obs")
+
+
+def _stage(name, technique, options, **more):
+  return {
+    "name": name,
+    "technique": technique,
+    "after": "train",
+    "options": options,
+    **more,
+  }
+
+
+def _rows(amount, options, seeds):
+  """Every score at one amount."""
+  grouped = "pattern" in options
+  yield _stage(f"{amount}-magnitude", "magnitude", options | {"budget": "uniform"})
+  if not grouped:
+    yield _stage(f"{amount}-magnitude-global", "magnitude", options)
+  for seed in seeds:
+    yield _stage(f"{amount}-random-{seed}", "random", options | {"seed": seed})
+  for name, technique, more, order in _CALIBRATED:
+    if grouped and name in _NOT_OF_GROUPS:
+      continue
+    for seed in seeds:
+      calibration = {"seed": seed}
+      if order != "one_shot":
+        calibration["order"] = order
+      yield _stage(
+        f"{amount}-{name}-{seed}", technique, options | more, calibration=calibration
+      )
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  """The recipe; "smoke" only shows that it works."""
+  if arg not in ("", "smoke"):
+    raise errors.unknown("argument of configs/pruning.py:", arg, ("smoke",))
+  smoke = arg == "smoke"
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.data = {
+    "corpus": "stdlib",
+    "vocab_size": 512 if smoke else 2048,
+    "sequence_length": 128 if smoke else 256,
+    "batch_size": 8,
+    "eval_bytes": 5_000 if smoke else 200_000,
+  }
+  config.model = {
+    "vocab_size": config.data.vocab_size,
+    "embed_dim": 64 if smoke else 128,
+    "num_layers": 2 if smoke else 4,
+    "pattern": ("mamba2", "attention"),
+    "mixer_options": {
+      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64},
+      "mamba2": {"head_dim": 64, "state_dim": 32, "chunk": 32},
+    },
+    "max_len": 256,
+  }
+  config.measure = {"eval_batch_size": 8, "latency": False, "xz_preset": 0}
+  amounts = {"50": AMOUNTS["50"], "2of4": AMOUNTS["2of4"]} if smoke else AMOUNTS
+  config.stages = (
+    {
+      "name": "train",
+      "technique": "train",
+      "options": {
+        "num_steps": 20 if smoke else 400,
+        "optimizer": {
+          "name": "muon",
+          "learning_rate": 0.01,
+          "schedule": "wsd",
+          "schedule_options": {"decay_fraction": 0.4},
+        },
+        "eval_max_bytes": 5_000,
+        "checkpoint_every": 100,
+        "log_every": 20,
+      },
+    },
+    *(
+      row
+      for amount, options in amounts.items()
+      for row in _rows(amount, options, SEEDS[:1] if smoke else SEEDS)
+    ),
+  )
+  return config

@@ -1,0 +1,271 @@
+"""From scores to masked parameters: what every kind of score shares.
+
+A score says how much a weight matters; the pattern which weights go together
+(`_pattern`), and the budget how many go where (`_budget`). Any three combine.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.compress.prune import _budget, _pattern
+from effjax.core import config, errors
+from effjax.core import tree as tree_lib
+from effjax.weights import leaf as leaf_lib
+from effjax.weights import verbs
+from effjax.weights.leaves import masked, n_of_m
+
+KINDS = ("matrix", "embedding")
+WITHIN = ("matrix", "output")
+DEFAULT_SPARSITY = 0.5
+# `score(path, w)`: of a matrix [*stack, I, O], or of an embedding turned so.
+Score = Callable[[str, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+  """Options of every transform that prunes by scores.
+
+  Attributes:
+    sparsity: share of the selected weights to prune, in [0, 1); None for one half, or
+      for what an "N:M" pattern says.
+    pattern: "unstructured", "N:M" (N of M inputs stay), "BxC" (blocks of B inputs and
+      C outputs), "rows" (inputs) or "columns" (outputs).
+    budget: "global", "uniform", "erk" or "owl": where how much is pruned.
+    within: whether scores are compared in all of a "matrix" or for each "output" by
+      itself; the latter of unstructured patterns with another budget than "global".
+    packed: whether of an "N:M" pattern only what stays is held, and its places
+      (leaf n_of_m); else the whole weight is, under a mask.
+  """
+
+  sparsity: float | None = None
+  pattern: str = "unstructured"
+  budget: str = "global"
+  within: str = "matrix"
+  packed: bool = False
+
+  def __post_init__(self):
+    pattern = self.build_pattern()
+    _budget.check(self.budget, self.share)
+    if self.within not in WITHIN:
+      raise errors.unknown("within", self.within, WITHIN)
+    fixed = pattern.fixed_sparsity
+    config.require(
+      fixed is None or self.sparsity is None or abs(self.sparsity - fixed) < 1e-6,
+      f"pattern {self.pattern} prunes {fixed:g} of the weights, not sparsity="
+      f"{self.sparsity}; leave sparsity out"
+      if fixed is not None
+      else "",
+    )
+    config.require(
+      self.within == "matrix"
+      or (self.pattern == "unstructured" and self.budget != "global"),
+      f"within='output' compares single weights of an output, with a budget for each "
+      f"matrix; not with pattern={self.pattern!r} and budget={self.budget!r}",
+    )
+
+    config.require(
+      not self.packed or fixed is not None,
+      f"packed=True holds N of any M inputs; not with pattern={self.pattern!r}",
+    )
+
+  def build_pattern(self) -> _pattern.Pattern:
+    """The pattern."""
+    return _pattern.parse(self.pattern)
+
+  @property
+  def share(self) -> float:
+    """The share of weights to prune."""
+    fixed = self.build_pattern().fixed_sparsity
+    if fixed is not None:
+      return fixed
+    return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+
+def prune(
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  paths: Collection[str],
+  name: str,
+  score: Score,
+  options: PruneOptions,
+) -> dict[str, Any]:
+  """The tree with `Masked` leaves over the values of the selected parameters.
+
+  Args:
+    params, specs: the tree.
+    paths: of the selected parameters.
+    name: of the transform, for messages.
+    score: of a parameter's weights, in the shape it gets; the largest stay.
+    options: of the transform.
+
+  Raises:
+    InputError: a parameter is of another kind, masked already or not finite, a pattern
+      does not divide it, or nothing of a matrix would be left.
+  """
+  flat, about = tree_lib.flatten(params), tree_lib.flatten(specs)
+  scores: dict[str, jax.Array] = {}
+  turned: set[str] = set()
+  for path in sorted(paths):
+    leaf, kind = flat[path], about[path].kind
+    if kind not in KINDS:
+      raise errors.InputError(
+        f"{name} cannot prune {path} of kind {kind!r}; it takes {', '.join(KINDS)}"
+      )
+    if isinstance(leaf, masked.Masked | n_of_m.NOfM):
+      raise errors.InputError(f"{path} is already masked; start after an earlier stage")
+    w = verbs.dense(leaf)
+    if kind == "embedding":
+      turned.add(path)
+      w = jnp.swapaxes(w, -1, -2)
+    try:
+      scores[path] = score(path, w)
+    except errors.InputError as error:
+      raise errors.InputError(f"{path}: {error}") from None
+  layers, stacked = layers_of(scores, about)
+  masks = choose(scores, options, layers, stacked)
+  _check(masks, scores)
+  for path, mask in masks.items():
+    axis = -1 if path in turned else -2
+    flat[path] = leaf_of(path, flat[path], mask, axis, options)
+  return tree_lib.unflatten(flat)
+
+
+def leaf_of(
+  path: str, values: Any, mask: jax.Array, axis: int, options: PruneOptions
+) -> Any:
+  """The leaf of a pruned parameter.
+
+  Args:
+    path: of it, for messages.
+    values: an array or a leaf, of the parameter's shape.
+    mask: `[*stack, I, O]`.
+    axis: where the parameter has its inputs, -2, or -1 for an embedding.
+    options: of the transform.
+
+  Raises:
+    InputError: a leaf is to be packed.
+  """
+  mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
+  if not options.packed:
+    return masked.Masked.create(values, mask)
+  if leaf_lib.is_leaf_kind(values):
+    raise errors.InputError(
+      f"{path} is a {values.kind} leaf, of which nothing can be taken out; prune it "
+      "packed before, or with packed=False"
+    )
+  pattern = options.build_pattern()
+  return n_of_m.NOfM.create(values, mask, keep=pattern.keep, of=pattern.of, axis=axis)
+
+
+def choose(
+  scores: Mapping[str, jax.Array],
+  options: PruneOptions,
+  layers: Mapping[str, str],
+  stacked: Collection[str],
+) -> dict[str, jax.Array]:
+  """Masks of matrices `[*stack, I, O]` by their scores.
+
+  Args:
+    scores: by path.
+    options: of the transform.
+    layers: the layer of each path, for the budget "owl".
+    stacked: paths whose first axis is one of layers.
+
+  Raises:
+    InputError: the pattern does not divide a matrix; its path is named.
+  """
+  pattern = options.build_pattern()
+  units = {}
+  for path, s in scores.items():
+    try:
+      units[path] = _pattern.unit_scores(s, pattern)
+    except errors.InputError as error:
+      raise errors.InputError(f"{path}: {error}") from None
+  if pattern.of:
+    return {path: _pattern.keep_n_of_m(s, pattern) for path, s in scores.items()}
+  if options.budget == "global":
+    total = sum(u.size for u in units.values())
+    kept = _pattern.keep_largest(list(units.values()), round(options.share * total))
+    masks = dict(zip(units, kept, strict=True))
+  else:
+    shares = sparsities(scores, options, layers, stacked)
+    masks = {path: _keep(u, shares[path], options.within) for path, u in units.items()}
+  return {path: _pattern.spread(m, scores[path].shape) for path, m in masks.items()}
+
+
+def layers_of(
+  paths: Collection[str], about: Mapping[str, Any]
+) -> tuple[dict[str, str], frozenset[str]]:
+  """The path of the layer each parameter is in, and which are stacked over layers."""
+
+  def layer(path: str) -> str:
+    head, found, tail = path.partition("layer_")
+    return head + found + tail.split("/")[0] if found else path
+
+  stacked = frozenset(path for path in paths if "layers" in about[path].stack)
+  return {path: layer(path) for path in paths}, stacked
+
+
+def sparsities(
+  scores: Mapping[str, jax.Array],
+  options: PruneOptions,
+  layers: Mapping[str, str],
+  stacked: Collection[str],
+) -> dict[str, Any]:
+  """The sparsity of each matrix: a number, or one for each layer that is stacked.
+
+  Args:
+    scores, options, layers, stacked: see `choose`.
+  """
+  if options.budget == "erk":
+    shapes = {path: s.shape for path, s in scores.items()}
+    found = _budget.erk_densities(shapes, options.share)
+    return {path: 1 - density for path, density in found.items()}
+  if options.budget == "owl":
+    shares = {
+      path: _budget.outlier_shares(s, path in stacked) for path, s in scores.items()
+    }
+    sizes = {path: s.size // jnp.size(shares[path]) for path, s in scores.items()}
+    return _budget.owl_sparsities(shares, layers, sizes, options.share)
+  return dict.fromkeys(scores, options.share)
+
+
+def _keep(units: jax.Array, sparsity: Any, within: str) -> jax.Array:
+  """The mask of units `[*stack, I, O]` of which each matrix loses its share."""
+  *stack, rows, cols = units.shape
+  each = rows if within == "output" else rows * cols
+  lost = jnp.round(jnp.asarray(sparsity, jnp.float32) * each).astype(jnp.int32)
+  lost = lost.reshape(*lost.shape, *(1,) * (len(stack) - lost.ndim))
+  if within == "output":
+    by_output = jnp.swapaxes(units, -1, -2)
+    return jnp.swapaxes(
+      _pattern.keep_largest_of_each(by_output, lost[..., None]), -1, -2
+    )
+  flat = units.reshape(*stack, each)
+  return _pattern.keep_largest_of_each(flat, lost).reshape(units.shape)
+
+
+def _check(masks: Mapping[str, jax.Array], scores: Mapping[str, jax.Array]) -> None:
+  """Raises InputError for scores that are not finite and matrices with nothing left."""
+  if any(isinstance(m, jax.core.Tracer) for m in masks.values()):
+    return  # a plan traces this on shapes, of whose values there is nothing to say
+  found = jax.device_get(
+    {
+      path: (jnp.all(jnp.isfinite(scores[path])), jnp.any(mask, axis=(-1, -2)))
+      for path, mask in masks.items()
+    }
+  )
+  for path, (finite, left) in found.items():
+    config.require(bool(finite), f"the scores of {path} are not all finite")
+    empty = np.argwhere(~np.asarray(left))
+    place = f"[{', '.join(map(str, empty[0]))}]" if empty.size else ""
+    config.require(
+      bool(np.all(left)),
+      f"nothing would be left of {path}{place}; ask for less sparsity, or for another "
+      "budget than this",
+    )
