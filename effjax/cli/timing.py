@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import matplotlib.figure
 
 
@@ -94,3 +97,30 @@ def _show(value: Any) -> str:
   if not isinstance(value, float):
     return str(value)
   return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def interleaved(
+  runs: Mapping[str, Callable[[jax.Array], jax.Array]],
+  x: jax.Array,
+  rounds: int,
+  calls: int,
+) -> dict[str, float]:
+  """Seconds a call, the least of several turns.
+
+  Args:
+    runs: jitted functions of x by name.
+    x: what they are given.
+    rounds: turns of each, one after the other in each round.
+    calls: in a turn, started one after the other and waited for together.
+  """
+  least = dict.fromkeys(runs, float("inf"))
+  for run in runs.values():
+    jax.block_until_ready(run(x))
+  for _ in range(rounds):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      for _ in range(calls):
+        made = run(x)
+      jax.block_until_ready(made)
+      least[name] = min(least[name], (time.perf_counter() - start) / calls)
+  return least

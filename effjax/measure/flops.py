@@ -170,9 +170,9 @@ def _dot_general(eqn: Any, inputs: list[_Source]) -> Any:
 
 
 def _int8_dot(eqn: Any, inputs: list[_Source]) -> Any:
-  """Rows [..., D] with a weight [F, D], whichever kernel runs it."""
+  """Rows [..., D] with a weight [F, D], whichever kernel runs it; scales are not it."""
   depth = eqn.invars[1].aval.shape[-1]
-  return _product(eqn, inputs, 2 * depth * eqn.outvars[0].aval.size)
+  return _product(eqn, inputs[:2], 2 * depth * eqn.outvars[0].aval.size)
 
 
 def _ragged_dot(eqn: Any, inputs: list[_Source]) -> Any:

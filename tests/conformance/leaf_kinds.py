@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from effjax.ops.matmul import tables
 from effjax.weights.formats import base as format_base
 from effjax.weights.leaves import (
+  block_sparse,
   coded,
   fake_quantized,
   low_rank,
@@ -53,6 +54,18 @@ def _static(key, shape, axis, inner):
 def _masked(key, shape, axis, inner=None):
   values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
   return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
+
+
+def _block_sparse(key, shape, axis):
+  """Blocks of a quarter of the inputs, two in each of eight columns."""
+  in_dim, out_dim = (shape[-2], shape[-1])[:: 1 if axis == -2 else -1]
+  block = (in_dim // 4, out_dim // 8)
+  order = jax.random.uniform(key, (*shape[:-2], 4, 8))
+  kept = jnp.argsort(jnp.argsort(order, axis=-2), axis=-2) < 2
+  mask = jnp.repeat(jnp.repeat(kept, block[0], axis=-2), block[1], axis=-1)
+  mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
+  w = jax.random.normal(key, shape)
+  return block_sparse.BlockSparse.create(w, mask, block, 2, axis=axis)
 
 
 def _n_of_m(key, shape, axis, *, keep=2, of=4, inner=None):
@@ -215,6 +228,7 @@ KINDS = {
   "low_rank_int8": functools.partial(_low_rank, inner=_quantized),
   "masked": _masked,
   "n_of_m": _n_of_m,
+  "block_sparse": _block_sparse,
   "n_of_m_int8": functools.partial(_n_of_m, keep=4, of=8, inner=_quantized),
   "masked_int4": functools.partial(_masked, inner=_int4),
   "fake_int4": functools.partial(_fake, bits=4, groups=4),

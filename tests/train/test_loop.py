@@ -100,8 +100,10 @@ def test_killed_and_resumed_equals_never_killed(
 ):
   conftest = pathlib.Path(__file__).with_name("conftest.py")
   script = CHILD.format(conftest=str(conftest), workdir=str(tmp_path))
+  # Compiled as this process compiles what it is resumed with.
+  env = subprocess_env | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
   done = subprocess.run(
-    [sys.executable, "-c", script], env=subprocess_env, capture_output=True, text=True
+    [sys.executable, "-c", script], env=env, capture_output=True, text=True
   )
   assert done.returncode == -signal.SIGKILL, done.stderr
   # Metrics past the checkpoint were written, and the last line may be torn.

@@ -92,7 +92,7 @@ def test_bad_input(rng):
     n_of_m.NOfM.create(w, jnp.ones((4, 4), bool), keep=2, of=4)
   with pytest.raises(errors.InputError, match="4 of 4: N of M needs 0 < N < M"):
     n_of_m.NOfM.create(w, jnp.ones(w.shape, bool), keep=4, of=4)
-  with pytest.raises(errors.InputError, match="packed=True holds N of any M"):
+  with pytest.raises(errors.InputError, match="packed=True takes a pattern N:M"):
     _prune(w, packed=True)
   coded = registry.find("rtn")({"w": w}, {"w": MATRIX})["w"]
   with pytest.raises(errors.InputError, match="w is a quantized leaf, of which"):

@@ -176,7 +176,7 @@ def _products(quick: bool) -> timing.Table:
       "float32": jax.jit(lambda x, w=w_DF: verbs.contract(x, w)),
       "int8": jax.jit(lambda x, w=leaf: verbs.contract(x, w)),
     }
-    took = _interleaved(runs, x_TD, rounds, calls)
+    took = timing.interleaved(runs, x_TD, rounds, calls)
     rows.append(
       {
         "rows": tokens,
@@ -194,26 +194,6 @@ def _products(quick: bool) -> timing.Table:
       f"device: {jax.devices()[0].device_kind}",
     ],
   )
-
-
-def _interleaved(
-  runs: Mapping[str, Callable[[jax.Array], jax.Array]],
-  x: jax.Array,
-  rounds: int,
-  calls: int,
-) -> dict[str, float]:
-  """Seconds a call: the least of `rounds` turns of each."""
-  least = dict.fromkeys(runs, float("inf"))
-  for run in runs.values():
-    jax.block_until_ready(run(x))
-  for _ in range(rounds):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      for _ in range(calls):
-        made = run(x)
-      jax.block_until_ready(made)
-      least[name] = min(least[name], (time.perf_counter() - start) / calls)
-  return least
 
 
 TECHNIQUE = bench

@@ -17,11 +17,12 @@ from effjax.core import config, errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import masked, n_of_m
+from effjax.weights.leaves import block_sparse, masked, n_of_m
 
 KINDS = ("matrix", "embedding")
 WITHIN = ("matrix", "output")
 DEFAULT_SPARSITY = 0.5
+_PRUNED = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
 # `score(path, w)`: of a matrix [*stack, I, O], or of an embedding turned so.
 Score = Callable[[str, jax.Array], jax.Array]
 
@@ -37,9 +38,11 @@ class PruneOptions:
       C outputs), "rows" (inputs) or "columns" (outputs).
     budget: "global", "uniform", "erk" or "owl": where how much is pruned.
     within: whether scores are compared in all of a "matrix" or for each "output" by
-      itself; the latter of unstructured patterns with another budget than "global".
-    packed: whether of an "N:M" pattern only what stays is held, and its places
-      (leaf n_of_m); else the whole weight is, under a mask.
+      itself, in columns of blocks for a pattern of them; the latter with another
+      budget than "global".
+    packed: whether only what stays is held, and its places: of an "N:M" pattern (leaf
+      n_of_m), or of blocks with within="output" (leaf block_sparse); else the whole
+      weight is, under a mask.
   """
 
   sparsity: float | None = None
@@ -62,15 +65,17 @@ class PruneOptions:
       else "",
     )
     config.require(
-      self.within == "matrix"
-      or (self.pattern == "unstructured" and self.budget != "global"),
-      f"within='output' compares single weights of an output, with a budget for each "
-      f"matrix; not with pattern={self.pattern!r} and budget={self.budget!r}",
+      self.within == "matrix" or (pattern.has_outputs and self.budget != "global"),
+      f"within='output' compares what is of one output, with a budget for each matrix; "
+      f"not with pattern={self.pattern!r} and budget={self.budget!r}",
     )
-
+    # As many in each column, and a number that is known before anything is scored.
+    even = self.within == "output" and self.budget in ("uniform", "erk")
     config.require(
-      not self.packed or fixed is not None,
-      f"packed=True holds N of any M inputs; not with pattern={self.pattern!r}",
+      not self.packed or fixed is not None or (pattern.is_blocks and even),
+      "packed=True takes a pattern N:M, or BxC with within='output' and budget "
+      f"'uniform' or 'erk'; not pattern={self.pattern!r}, within={self.within!r}, "
+      f"budget={self.budget!r}",
     )
 
   def build_pattern(self) -> _pattern.Pattern:
@@ -116,7 +121,7 @@ def prune(
       raise errors.InputError(
         f"{name} cannot prune {path} of kind {kind!r}; it takes {', '.join(KINDS)}"
       )
-    if isinstance(leaf, masked.Masked | n_of_m.NOfM):
+    if isinstance(leaf, _PRUNED):
       raise errors.InputError(f"{path} is already masked; start after an earlier stage")
     w = verbs.dense(leaf)
     if kind == "embedding":
@@ -128,15 +133,24 @@ def prune(
       raise errors.InputError(f"{path}: {error}") from None
   layers, stacked = layers_of(scores, about)
   masks = choose(scores, options, layers, stacked)
+  shares = {}
+  if options.packed and options.budget == "erk":
+    shares = sparsities(scores, options, layers, stacked)
   _check(masks, scores)
   for path, mask in masks.items():
     axis = -1 if path in turned else -2
-    flat[path] = leaf_of(path, flat[path], mask, axis, options)
+    share = shares.get(path, options.share)
+    flat[path] = leaf_of(path, flat[path], mask, axis, options, share)
   return tree_lib.unflatten(flat)
 
 
 def leaf_of(
-  path: str, values: Any, mask: jax.Array, axis: int, options: PruneOptions
+  path: str,
+  values: Any,
+  mask: jax.Array,
+  axis: int,
+  options: PruneOptions,
+  share: float,
 ) -> Any:
   """The leaf of a pruned parameter.
 
@@ -146,10 +160,12 @@ def leaf_of(
     mask: `[*stack, I, O]`.
     axis: where the parameter has its inputs, -2, or -1 for an embedding.
     options: of the transform.
+    share: of its weights that the budget prunes.
 
   Raises:
     InputError: a leaf is to be packed.
   """
+  in_dim, out_dim = mask.shape[-2:]
   mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
   if not options.packed:
     return masked.Masked.create(values, mask)
@@ -159,6 +175,11 @@ def leaf_of(
       "packed before, or with packed=False"
     )
   pattern = options.build_pattern()
+  if pattern.is_blocks:
+    block = pattern.unit(in_dim, out_dim)
+    rows = in_dim // block[0]
+    count = rows - int(_lost(share, rows))
+    return block_sparse.BlockSparse.create(values, mask, block, count, axis=axis)
   return n_of_m.NOfM.create(values, mask, keep=pattern.keep, of=pattern.of, axis=axis)
 
 
@@ -239,7 +260,7 @@ def _keep(units: jax.Array, sparsity: Any, within: str) -> jax.Array:
   """The mask of units `[*stack, I, O]` of which each matrix loses its share."""
   *stack, rows, cols = units.shape
   each = rows if within == "output" else rows * cols
-  lost = jnp.round(jnp.asarray(sparsity, jnp.float32) * each).astype(jnp.int32)
+  lost = _lost(sparsity, each)
   lost = lost.reshape(*lost.shape, *(1,) * (len(stack) - lost.ndim))
   if within == "output":
     by_output = jnp.swapaxes(units, -1, -2)
@@ -248,6 +269,12 @@ def _keep(units: jax.Array, sparsity: Any, within: str) -> jax.Array:
     )
   flat = units.reshape(*stack, each)
   return _pattern.keep_largest_of_each(flat, lost).reshape(units.shape)
+
+
+def _lost(share: Any, count: int) -> jax.Array:
+  """How many of `count` units go, int32: the nearest number to their share."""
+  with jax.ensure_compile_time_eval():
+    return jnp.round(jnp.asarray(share, jnp.float32) * count).astype(jnp.int32)
 
 
 def _check(masks: Mapping[str, jax.Array], scores: Mapping[str, jax.Array]) -> None:

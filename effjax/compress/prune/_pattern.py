@@ -48,6 +48,16 @@ class Pattern:
     """The share that "N:M" prunes, whatever the budget; None for other patterns."""
     return 1 - self.keep / self.of if self.of else None
 
+  @property
+  def is_blocks(self) -> bool:
+    """Whether units are blocks of a size of their own."""
+    return "x" in self.name
+
+  @property
+  def has_outputs(self) -> bool:
+    """Whether several units serve one output, so that it can be looked at by itself."""
+    return self.is_blocks or self.name == "unstructured"
+
   def unit(self, in_dim: int, out_dim: int) -> tuple[int, int]:
     """Inputs and outputs of a unit in a matrix of this size.
 

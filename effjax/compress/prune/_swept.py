@@ -138,7 +138,7 @@ def prune(
     values = values.astype(w.dtype)
     axis = -1 if turned[path] else -2
     values = jnp.swapaxes(values, -1, -2) if turned[path] else values
-    flat[path] = _masks.leaf_of(path, values, mask, axis, options)
+    flat[path] = _masks.leaf_of(path, values, mask, axis, options, options.share)
   hessians.check_and_tell(name, reports, options.damping, "pruned by magnitude")
   return tree_lib.unflatten(flat)
 

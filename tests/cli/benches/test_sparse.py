@@ -1,0 +1,21 @@
+"""`bench sparse`: every way of holding a pruned weight, and what it holds."""
+
+import pytest
+
+from effjax.cli.benches import sparse
+
+
+def test_bytes_are_those_of_each_way():
+  table = sparse.bench(quick=True)
+  assert {row["rows"] for row in table.rows} == set(sparse.TOKENS)
+  first = {row["held"]: row for row in table.rows if row["rows"] == 1}
+  bytes_of = {name: row["bytes"] for name, row in first.items()}
+  assert bytes_of["dense"] == 1
+  assert bytes_of["masked 50 %"] == 1 + 1 / 32  # a bit each
+  assert bytes_of["2:4"] == 0.5 + 0.5 * 2 / 32  # two bits for each that stays
+  # A block of 256 weights has the number of its row.
+  assert bytes_of["blocks of 16x16 75 %"] == pytest.approx(0.25 * (1 + 1 / 256))
+  assert first["blocks of 16x16 75 %"]["nonzero"] == "25.0%"
+  assert first["2:4"]["simulated"] == "flops"
+  assert first["blocks of 16x16 50 %"]["simulated"] is None
+  assert all(row["us"] > 0 for row in table.rows)
