@@ -98,7 +98,7 @@ def test_bad_input(rng):
   with pytest.raises(errors.InputError, match="w is a quantized leaf, of which"):
     _prune(coded, pattern="2:4", packed=True)
   packed = _prune(w, pattern="2:4", packed=True)
-  with pytest.raises(errors.InputError, match="w is already masked"):
+  with pytest.raises(errors.InputError, match="w is already pruned"):
     _prune(packed)
   with pytest.raises(errors.InputError, match="w: gptq goes through all inputs"):
     registry.find("gptq")({"w": packed}, {"w": MATRIX}, {})

@@ -122,7 +122,7 @@ def prune(
         f"{name} cannot prune {path} of kind {kind!r}; it takes {', '.join(KINDS)}"
       )
     if isinstance(leaf, _PRUNED):
-      raise errors.InputError(f"{path} is already masked; start after an earlier stage")
+      raise errors.InputError(f"{path} is already pruned; start after an earlier stage")
     w = verbs.dense(leaf)
     if kind == "embedding":
       turned.add(path)
@@ -136,7 +136,8 @@ def prune(
   shares = {}
   if options.packed and options.budget == "erk":
     shares = sparsities(scores, options, layers, stacked)
-  _check(masks, scores)
+  _require_finite(scores)
+  require_left(masks)
   for path, mask in masks.items():
     axis = -1 if path in turned else -2
     share = shares.get(path, options.share)
@@ -277,22 +278,28 @@ def _lost(share: Any, count: int) -> jax.Array:
     return jnp.round(jnp.asarray(share, jnp.float32) * count).astype(jnp.int32)
 
 
-def _check(masks: Mapping[str, jax.Array], scores: Mapping[str, jax.Array]) -> None:
-  """Raises InputError for scores that are not finite and matrices with nothing left."""
-  if any(isinstance(m, jax.core.Tracer) for m in masks.values()):
-    return  # a plan traces this on shapes, of whose values there is nothing to say
-  found = jax.device_get(
-    {
-      path: (jnp.all(jnp.isfinite(scores[path])), jnp.any(mask, axis=(-1, -2)))
-      for path, mask in masks.items()
-    }
-  )
-  for path, (finite, left) in found.items():
-    config.require(bool(finite), f"the scores of {path} are not all finite")
-    empty = np.argwhere(~np.asarray(left))
-    place = f"[{', '.join(map(str, empty[0]))}]" if empty.size else ""
+def _require_finite(scores: Mapping[str, jax.Array]) -> None:
+  """Raises InputError for the first parameter with a score that is not finite."""
+  finite = {path: jnp.all(jnp.isfinite(s)) for path, s in scores.items()}
+  for path, ok in _on_host(finite).items():
+    config.require(bool(ok), f"the scores of {path} are not all finite")
+
+
+def require_left(masks: Mapping[str, jax.Array]) -> None:
+  """Raises InputError for the first matrix `[*stack, I, O]` with nothing left."""
+  left = {path: jnp.any(mask, axis=(-1, -2)) for path, mask in masks.items()}
+  for path, some in _on_host(left).items():
+    empty = np.argwhere(~np.asarray(some))
+    place = f"[{', '.join(map(str, empty[0]))}]" if empty.size and some.ndim else ""
     config.require(
-      bool(np.all(left)),
+      bool(np.all(some)),
       f"nothing would be left of {path}{place}; ask for less sparsity, or for another "
       "budget than this",
     )
+
+
+def _on_host(arrays: dict[str, jax.Array]) -> dict[str, Any]:
+  """The arrays with their values; none where a plan traces this on shapes."""
+  if any(isinstance(a, jax.core.Tracer) for a in arrays.values()):
+    return {}
+  return jax.device_get(arrays)

@@ -120,6 +120,7 @@ def prune(
       raise errors.InputError(f"{path}: {error}") from None
   sparsities = _sparsities(weights, usable, about, options)
   reports: dict[str, hessians.Report] = {}
+  masks: dict[str, jax.Array] = {}
   for path, w in weights.items():
     of_inputs = usable[path]
     dtype = jnp.promote_types(w.dtype, jnp.float32)
@@ -132,13 +133,14 @@ def prune(
       of_inputs.count > 0,
       jnp.broadcast_to(share, stack),
     )
-    values, mask, reports[path] = hessians.map_stack(
+    values, masks[path], reports[path] = hessians.map_stack(
       lambda parts: one(*parts), parts, stack
     )
     values = values.astype(w.dtype)
     axis = -1 if turned[path] else -2
     values = jnp.swapaxes(values, -1, -2) if turned[path] else values
-    flat[path] = _masks.leaf_of(path, values, mask, axis, options, options.share)
+    flat[path] = _masks.leaf_of(path, values, masks[path], axis, options, options.share)
+  _masks.require_left(masks)
   hessians.check_and_tell(name, reports, options.damping, "pruned by magnitude")
   return tree_lib.unflatten(flat)
 

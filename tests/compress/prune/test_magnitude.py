@@ -34,7 +34,7 @@ def test_sparsity_out_of_range(params, sparsity):
 
 def test_pruning_twice_is_refused(params):
   once = registry.find("magnitude")(params, SPECS)
-  with pytest.raises(errors.InputError, match="already masked"):
+  with pytest.raises(errors.InputError, match="already pruned"):
     registry.find("magnitude")(once, SPECS)
 
 

@@ -173,6 +173,12 @@ def test_bad_options(options, message):
     prune("sparsegpt", w, h, **options)
 
 
+def test_nothing_left_is_refused():
+  w, h = (jnp.asarray(a, jnp.float32) for a in problem(0, 4, 2))
+  with pytest.raises(errors.InputError, match="nothing would be left of w; ask for"):
+    prune("sparsegpt", w, h, sparsity=0.95)
+
+
 def test_bad_parameters_and_statistics():
   w, h = (jnp.asarray(a, jnp.float32) for a in problem())
   twice = masked.Masked.create(w, jnp.ones(w.shape, bool))
