@@ -94,18 +94,26 @@ class NOfM(leaf_lib.Leaf):
 
   def mask(self) -> jax.Array:
     """Where values are, bool, of the logical shape."""
-    return _merged(jnp.any(self._here(), axis=-2), self.axis)
-
-  def _here(self) -> jax.Array:
-    """Whether a value is at a place, bool `[..., groups, N, M]`."""
-    places = _grouped(self.places(), self.keep, self.axis)
-    return jax.nn.one_hot(places, self.of, dtype=jnp.bool_)
+    return self._spread(jnp.ones(self.values.shape, jnp.bool_))
 
   def dense(self) -> jax.Array:
     """Values at their places, zeros elsewhere."""
-    values = _grouped(verbs.dense(self.values), self.keep, self.axis)
-    spread = jnp.where(self._here(), values[..., None], jnp.zeros((), values.dtype))
-    return _merged(jnp.sum(spread, axis=-2), self.axis)
+    return self._spread(verbs.dense(self.values))
+
+  def _spread(self, values: jax.Array) -> jax.Array:
+    """One array like the values at their places, zeros elsewhere."""
+    axis = self.axis % values.ndim
+    cut = lambda a, group: a.reshape(*a.shape[:axis], -1, group, *a.shape[axis + 1 :])
+    values, places = cut(values, self.keep), cut(self.places(), self.keep)
+    shape = list(values.shape)
+    shape[axis + 1] = self.of
+    every = jax.lax.broadcasted_iota(jnp.uint8, shape, axis + 1)
+    dense = jnp.zeros(shape, values.dtype)
+    # One after the other: each pass is elementwise, where a sum over a group is not.
+    for n in range(self.keep):
+      one = lambda a, n=n: jax.lax.slice_in_dim(a, n, n + 1, axis=axis + 1)
+      dense = jnp.where(one(places) == every, one(values), dense)
+    return dense.reshape(self.shape)
 
   def lookup(self, ids: jax.Array) -> jax.Array:
     """Gathers rows of values and places, then puts together only those."""
