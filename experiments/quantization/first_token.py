@@ -11,15 +11,15 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
-import compare
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from effjax.compress import blocks, calibrate
 from effjax.compress import registry as transforms
 from effjax.core import layers, specs
 from effjax.core import tree as tree_lib
 from effjax.weights import verbs
+from experiments import cells
 
 LAYERS, ROWS = 5, 4
 WAYS = {"nearest": ("rtn", {}), "gptq": ("gptq", {})}
@@ -28,7 +28,7 @@ WAYS["act_order"] = ("gptq", {"act_order": True})
 
 def main() -> None:
   """Prints a line a layer and a line a matrix."""
-  subject = compare.Language()
+  subject = cells.Language()
   model, flat = layers.unstack(subject.model, subject.params)
   parts = blocks.Blocks(model)
   used = [b["inputs"] for b in subject.batches[:2]]
