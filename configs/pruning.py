@@ -9,6 +9,30 @@ those of one threshold for the whole model say what another budget does. Calibra
 them, random ones with three seeds.
 
 Command: effjax run --config configs/pruning.py
+
+Result (one CPU core, 17 minutes for 110 rows): bits/byte lost from the 1.7122 of the
+model, in 0.0001; means of three draws with their standard deviation.
+
+| | 30 % | 50 % | 70 % | 2:4 |
+| --- | ---: | ---: | ---: | ---: |
+| random | 4281 ± 115 | 8896 ± 127 | 13747 ± 877 | 8869 ± 241 |
+| taylor | 454 ± 22 | 1529 ± 27 | 4717 ± 74 | 2899 ± 73 |
+| magnitude | 62 | 376 | 1851 | 1067 |
+| magnitude, one threshold | 76 | 402 | 1907 | |
+| wanda | 70 ± 3 | 412 ± 2 | 2112 ± 28 | 985 ± 5 |
+| wanda, owl | 111 ± 2 | 590 ± 4 | 3131 ± 31 | |
+| fisher | 45 ± 1 | 269 ± 10 | 1389 ± 20 | 1012 ± 35 |
+| obd | 43 ± 3 | 270 ± 3 | 1321 ± 20 | 960 ± 6 |
+| sparsegpt | 37 ± 2 | 238 ± 4 | 1287 ± 1 | 633 ± 10 |
+| sparsegpt, in turn | 37 ± 2 | 239 ± 3 | 1302 ± 4 | 635 ± 8 |
+| obs | 35 ± 3 | 190 ± 5 | 955 ± 12 | |
+
+Moving what stays pays most: OBS, which picks one weight after the other, loses half of
+what magnitude does, SparseGPT, which goes in a fixed order, two thirds. Of scores that
+change nothing those of second order are ahead; that of first order is close to noise
+at a minimum. Wanda does not beat magnitude here, and OWL makes it worse: this model has
+no channels that stand out, which both are about (SmolLM2 has them:
+experiments/pruning).
 """
 
 import ml_collections

@@ -34,6 +34,10 @@ from effjax.recipe import session as session_lib
 from effjax.report import folder as report
 from effjax.train import signals
 
+# A compiled program takes tens of memory maps, of which Linux gives a process 65,530: a
+# recipe of a hundred stages fills them. What is compiled stays on disk.
+_STAGES_A_JIT_CACHE = 25
+
 
 def run(
   reference: str,
@@ -118,6 +122,8 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
   )
   committing.commit(target, made, session.data.tokenizer, row)
   session_lib.say(f"{title}: {_summary(row)}")
+  if (index + 1) % _STAGES_A_JIT_CACHE == 0:
+    jax.clear_caches()
   return row
 
 
