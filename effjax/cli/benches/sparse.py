@@ -1,8 +1,8 @@
 """Pruned weights: time and bytes of every leaf beside the dense weight.
 
 One matrix, pruned by magnitude to what each row says, and held in each way that there
-is: dense, masked (which saves nothing), N of M packed, and blocks. Rows and columns
-that are taken away leave a smaller dense matrix, which needs no leaf.
+is: dense, masked (which saves nothing), N of M packed, and blocks. Whole rows and
+columns are only masked, too.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""From scores to masked parameters: what every kind of score shares.
+"""From scores to pruned parameters: what every kind of score shares.
 
 A score says how much a weight matters; the pattern which weights go together
 (`_pattern`), and the budget how many go where (`_budget`). Any three combine.
@@ -99,7 +99,9 @@ def prune(
   score: Score,
   options: PruneOptions,
 ) -> dict[str, Any]:
-  """The tree with `Masked` leaves over the values of the selected parameters.
+  """The tree with pruned leaves in place of the selected parameters.
+
+  They are `Masked` over the values there are, or with `packed` hold what stays.
 
   Args:
     params, specs: the tree.
@@ -109,7 +111,7 @@ def prune(
     options: of the transform.
 
   Raises:
-    InputError: a parameter is of another kind, masked already or not finite, a pattern
+    InputError: a parameter is of another kind, pruned already or not finite, a pattern
       does not divide it, or nothing of a matrix would be left.
   """
   flat, about = tree_lib.flatten(params), tree_lib.flatten(specs)

@@ -1,12 +1,12 @@
 """Which weights of a matrix go together, and of several matrices which stay.
 
-| pattern        | what is kept or pruned as one                | removes work in      |
+| pattern        | what is kept or pruned as one                | saves                |
 |----------------|----------------------------------------------|----------------------|
-| "unstructured" | each weight                                  | nothing (simulated)  |
-| "N:M"          | N of any M inputs in a row stay, per output  | storage              |
-| "BxC"          | a block of B inputs and C outputs            | storage and time     |
-| "rows"         | all weights of an input                      | a smaller matrix     |
-| "columns"      | all weights of an output                     | a smaller matrix     |
+| "unstructured" | each weight                                  | nothing (masked)     |
+| "N:M"          | N of any M inputs in a row stay, per output  | bytes, if packed     |
+| "BxC"          | a block of B inputs and C outputs            | bytes, time, packed  |
+| "rows"         | all weights of an input                      | nothing (masked)     |
+| "columns"      | all weights of an output                     | nothing (masked)     |
 
 N counts what is *kept*, as in qwix and jaxpruner (in the code of Wanda and SparseGPT it
 counts what is pruned; 2:4 and 4:8 are the same in both). The score of a unit is the

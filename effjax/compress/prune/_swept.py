@@ -81,7 +81,7 @@ def prune(
   one: One,
   options: SweptOptions,
 ) -> dict[str, Any]:
-  """The tree with `Masked` leaves over new values of the selected parameters.
+  """The tree with pruned leaves over new values of the selected parameters.
 
   Args:
     params, specs: the tree.

@@ -1,8 +1,9 @@
 """A weight of which N of any M inputs in a row stay, held as those and their places.
 
-Really smaller: of 2:4 half of the values and two bits for each of them, the layout of
-NVIDIA's sparse tensor cores (Mishra et al. 2021, arXiv:2104.08378, section 3). Products
-take the whole weight, put together while running: nothing is saved in time.
+Really smaller: of 2:4 half of the values and two bits for each of them, as much as for
+NVIDIA's sparse tensor cores (Mishra et al. 2021, arXiv:2104.08378, section 3), in an
+order of our own. Products take the whole weight, put together while running: nothing
+is saved in time.
 """
 
 import dataclasses
