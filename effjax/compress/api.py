@@ -51,7 +51,7 @@ class CalibrationConfig:
 def needs_batches(change: AnyTransform, options: Any) -> bool:
   """Whether a transform with these options cannot do without text."""
   if isinstance(change, technique.ModelTransform):
-    return change.needs_batches
+    return change.runs_on_text(options)
   return bool(change.collected(options))
 
 

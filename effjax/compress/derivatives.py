@@ -5,7 +5,7 @@ parameters, in float32; they stream over batches.
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -122,6 +122,66 @@ def gradients(
     sums, weight = step(selected, params, sums, with_targets(batch))
     total += float(weight)
   return _means(sums, total)
+
+
+def gates(
+  model: Any,
+  params: Mapping[str, Any],
+  batches: Iterable[Batch],
+  paths: Collection[str],
+  sums: Callable[[Flat], Flat],
+) -> tuple[Flat, Flat]:
+  """Derivatives of the loss by gates that multiply whole groups of weights.
+
+  The derivative by a gate at 1 is the sum of gradient times weight over its group. Each
+  row gives one, of its summed loss.
+
+  Args:
+    model, params, batches, paths: see `fisher`.
+    sums: from products of the parameters' shapes, by path, to those of the gates; must
+      be linear.
+
+  Returns:
+    Of each gate the mean derivative of a token, and the sum of squares over rows
+    divided by the number of targets (see `fisher`); float32.
+
+  Raises:
+    InputError: see `fisher`.
+  """
+  require_decoder(model)
+  selected = opened(params, paths)
+
+  def of_row(selected: Flat, params: Any, one: Batch) -> tuple[Flat, jax.Array]:
+    one = jax.tree.map(lambda a: a[None], one)
+    loss = lambda selected: summed_nll(model, params, selected, one)
+    gradient, weight = jax.grad(loss, has_aux=True)(selected)
+    wide = {p: g.astype(jnp.float32) * selected[p] for p, g in gradient.items()}
+    return sums(wide), weight
+
+  def add(
+    selected: Flat, params: Any, totals: tuple[Flat, Flat], batch: Batch
+  ) -> tuple[tuple[Flat, Flat], jax.Array]:
+    def row(
+      totals: tuple[Flat, Flat], one: Batch
+    ) -> tuple[tuple[Flat, Flat], jax.Array]:
+      found, weight = of_row(selected, params, one)
+      firsts, squares = totals
+      firsts = {p: firsts[p] + g for p, g in found.items()}
+      squares = {p: squares[p] + jnp.square(g) for p, g in found.items()}
+      return (firsts, squares), weight
+
+    totals, weights = jax.lax.scan(row, totals, batch)
+    return totals, jnp.sum(weights)
+
+  step = jax.jit(add, donate_argnums=2)
+  shapes = jax.eval_shape(sums, selected)
+  zeros = lambda: {p: jnp.zeros(a.shape, jnp.float32) for p, a in shapes.items()}
+  totals, total = (zeros(), zeros()), 0.0
+  for batch in batches:
+    totals, weight = step(selected, params, totals, with_targets(batch))
+    total += float(weight)
+  firsts, squares = totals
+  return _means(firsts, total), _means(squares, total)
 
 
 def hessian_traces(
@@ -302,10 +362,16 @@ def summed_nll(
     model, params, selected, batch, unrolled: see `logits_of`.
   """
   logits_BLV = logits_of(model, params, selected, batch, unrolled)
+  weights_BL = batch["weights"].astype(jnp.float32)
+  return nll_of_logits(logits_BLV, batch), jnp.sum(weights_BL)
+
+
+def nll_of_logits(logits_BLV: jax.Array, batch: Batch) -> jax.Array:
+  """The summed cross entropy of a batch with targets, by float32 logits."""
   hit_BL = jnp.take_along_axis(logits_BLV, batch["targets"][..., None], axis=-1)[..., 0]
   nll_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - hit_BL
   weights_BL = batch["weights"].astype(jnp.float32)
-  return jnp.sum(nll_BL * weights_BL), jnp.sum(weights_BL)
+  return jnp.sum(nll_BL * weights_BL)
 
 
 def _means(sums: Flat, total: float) -> Flat:

@@ -32,6 +32,9 @@ class ParamSpec:
     axes: logical name of each trailing dimension, such as ("embed", "mlp").
     kind: one of KINDS; weight decay and default selections go by it.
     head_dim: size of one head where heads are merged into an axis, else None.
+    parts: into how many parts of consecutive heads (or neurons, or experts) of that
+      axis it falls, which must stay equally large: the heads of one key head each.
+    within: name of the axis of the same module whose index p owns part p, or None.
     reads: path of the norm or weight whose output channels this weight contracts.
     stack: logical names of the leading stacked dimensions, such as ("layers",).
     instances: for each of `axes`, the instance it belongs to: "embed" is the one
@@ -44,6 +47,8 @@ class ParamSpec:
   axes: tuple[str, ...]
   kind: str
   head_dim: int | None = None
+  parts: int = 1
+  within: str | None = None
   reads: str | None = None
   stack: tuple[str, ...] = ()
   instances: tuple[str, ...] = ()

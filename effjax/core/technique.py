@@ -80,7 +80,8 @@ class ModelTransform:
       parameters.
     options_cls: frozen dataclass of its options.
     default_where: what it applies to when the user does not say.
-    needs_batches: whether it runs the model on text; else `batches` is empty.
+    needs_batches: whether it runs the model on text whatever its options, which may
+      ask for it too (see `runs_on_text`); else `batches` is empty.
     equivalent: whether the outcome computes the same function.
     outcome: `outcome(model, params, specs, paths, options) -> (model, params)` on
       ShapeDtypeStructs, which also finds mistakes before anything runs; None where
@@ -128,12 +129,16 @@ class ModelTransform:
       InputError: bad options, an empty selection, or something that does not fit.
     """
     options, paths = self._parse(specs, where, options)
-    if self.needs_batches and not batches:
+    if self.runs_on_text(options) and not batches:
       raise errors.InputError(
         f"{self.options_cls.__name__.removesuffix('Options').lower()} runs the model "
         "on text: pass batches"
       )
     return self.fn(model, params, specs, tuple(batches), paths, options)
+
+  def runs_on_text(self, options: Any) -> bool:
+    """Whether it needs batches, always or because its options say `needs_batches`."""
+    return self.needs_batches or bool(getattr(options, "needs_batches", False))
 
   def shapes(
     self,

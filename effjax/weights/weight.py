@@ -50,6 +50,8 @@ def weight(
   kind: str = "matrix",
   reads: str | None = None,
   head_dim: int | None = None,
+  parts: int = 1,
+  within: str | None = None,
 ) -> Weight:
   """Declares a float32 weight of a Linen module and returns a handle on it.
 
@@ -66,12 +68,20 @@ def weight(
     reads: name of the norm or weight whose output this one contracts; looked up beside
       the weight, then further out.
     head_dim: size of one head where heads are merged into an axis.
+    parts, within: how heads hang together; see specs.ParamSpec.
 
   Raises:
     InputError: the leaf in the given tree has another shape; the path is named.
   """
   shape = tuple(shape)
-  spec = specs.ParamSpec(axes=tuple(axes), kind=kind, reads=reads, head_dim=head_dim)
+  spec = specs.ParamSpec(
+    axes=tuple(axes),
+    kind=kind,
+    reads=reads,
+    head_dim=head_dim,
+    parts=parts,
+    within=within,
+  )
   specs.record((*module.path, name), spec)
   if not module.has_variable("params", name):
     return Weight(module.param(name, init, shape, jnp.float32), spec)

@@ -10,7 +10,7 @@ import pytest
 from effjax.compress import calibrate
 from effjax.compress import registry as transforms
 from effjax.core import errors, specs
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.matmul import hadamard
 from effjax.weights import verbs
 from effjax.weights.leaves import quantized, rotated

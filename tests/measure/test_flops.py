@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from effjax.core import layers
 from effjax.core import tree as tree_lib
-from effjax.measure import flops
+from effjax.measure import flops as model_flops
+from effjax.ops import flops
 from effjax.weights import verbs
 from effjax.weights.leaves import masked, quantized
 
@@ -68,8 +69,8 @@ def test_gradient_of_unrolled_model_equals_the_hlo(model, params):
 
 
 def test_scanned_model_equals_unrolled(model, params):
-  scanned = flops.per_token(model, params, 24)
-  unrolled = flops.per_token(*layers.unstack(model, params), 24)
+  scanned = model_flops.per_token(model, params, 24)
+  unrolled = model_flops.per_token(*layers.unstack(model, params), 24)
   assert scanned == unrolled
   assert scanned.executed == scanned.theoretical
 
@@ -95,11 +96,11 @@ def _masked(array, keep, seed=0):
 
 def test_pruned_weights_save_in_theory_only(model, params):
   flat = dict(tree_lib.flatten(params))
-  dense = flops.per_token(model, params, 24)
+  dense = model_flops.per_token(model, params, 24)
   path = next(p for p in flat if p.endswith("mlp/up"))
   size = flat[path].size
   flat[path] = _masked(flat[path], size // 4)
-  pruned = flops.per_token(model, tree_lib.unflatten(flat), 24)
+  pruned = model_flops.per_token(model, tree_lib.unflatten(flat), 24)
   assert pruned.executed == dense.executed
   saved = dense.theoretical - pruned.theoretical
   assert saved == pytest.approx(2 * size * 3 / 4, rel=1e-12)

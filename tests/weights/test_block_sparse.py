@@ -7,8 +7,8 @@ import pytest
 
 from effjax.compress import registry
 from effjax.core import errors, specs
-from effjax.measure import flops
 from effjax.measure import leaves as measure_leaves
+from effjax.ops import flops
 from effjax.weights import verbs
 from effjax.weights.leaves import block_sparse
 

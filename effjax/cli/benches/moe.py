@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.cli import timing
-from effjax.measure import flops, hlo
+from effjax.measure import hlo
 from effjax.nn.mlps import moe
+from effjax.ops import flops
 from effjax.ops.moe import grouped
 
 EXPERTS = (4, 16, 64)

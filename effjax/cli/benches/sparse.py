@@ -1,8 +1,9 @@
-"""Pruned weights: time and bytes of every leaf beside the dense weight.
+"""Pruned weights and pruned layers: time and bytes beside the dense ones.
 
 One matrix, pruned by magnitude to what each row says, and held in each way that there
 is: dense, masked (which saves nothing), N of M packed, and blocks. Whole rows and
-columns are only masked, too.
+columns are only masked, too. Then whole layers without some of their groups, which are
+smaller layers, and what of the saved FLOPs is saved time.
 """
 
 from typing import Any
@@ -14,20 +15,30 @@ import numpy as np
 from effjax.cli import timing
 from effjax.compress import registry
 from effjax.core import specs
+from effjax.models import config as model_config
+from effjax.models import decoder
+from effjax.ops import flops
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
 
 TOKENS = (1, 16, 128)
+SHARES = (0.25, 0.5, 0.75)
+_NONE = "0%"
 _SPEC = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix")
 _BLOCKS = {"within": "output", "budget": "uniform", "packed": True}
 
 
-def bench(quick: bool = False) -> timing.Table:
-  """Times a product of rows with the matrix held in each way.
+def bench(quick: bool = False) -> list[timing.Table]:
+  """Times a matrix held in each way, and layers without some of their groups.
 
   Args:
-    quick: a small matrix, to see that it works; the numbers mean nothing.
+    quick: small shapes, to see that it works; the numbers mean nothing.
   """
+  return [_matrix(quick), _layers(quick)]
+
+
+def _matrix(quick: bool) -> timing.Table:
+  """A product of rows with the matrix held in each way."""
   size, block = (256, 16) if quick else (2048, 128)
   rounds, calls = (1, 1) if quick else (15, 10)
   rng = np.random.default_rng(0)
@@ -64,6 +75,91 @@ def bench(quick: bool = False) -> timing.Table:
       f"device: {jax.devices()[0].device_kind}",
     ],
   )
+
+
+def _layers(quick: bool) -> timing.Table:
+  """Layers of a decoder with groups removed, all parts of a layer included."""
+  width, lengths = (32, (4,)) if quick else (1024, (1, 128, 512))
+  rounds, calls = (1, 1) if quick else (11, 3)
+  rows = []
+  for groups in ("neurons", "kv_groups"):
+    whole = _one_layer(groups, width)
+    models = {_NONE: whole}
+    models |= {f"{s:.0%}": _without(*whole, groups, s) for s in SHARES}
+    for length in lengths:
+      x = jax.random.normal(jax.random.key(0), (1, length, width))
+      runs = {share: _runner(*pair, length) for share, pair in models.items()}
+      took = timing.interleaved(runs, x, rounds, calls)
+      cost = {share: flops.dot_flops(run, x) for share, run in runs.items()}
+      for share in runs:
+        faster, fewer = took[_NONE] / took[share], cost[_NONE] / cost[share]
+        rows.append(
+          {
+            "groups": groups,
+            "gone": share,
+            "tokens": length,
+            "bytes": _bytes(models[share][1]) / _bytes(whole[1]),
+            "us": 1e6 * took[share],
+            "FLOPs over": fewer,
+            "times as fast": faster,
+            "share of that": faster / fewer,
+          }
+        )
+
+  return timing.Table(
+    title=f"a layer {width} wide without some of its groups, float32",
+    rows=rows,
+    notes=[
+      "neurons: of a SwiGLU four times as wide; kv_groups: of attention with heads of "
+      "64, a layer without an MLP",
+      "FLOPs over: those of the whole layer over those of the smaller one",
+      "share of that: times as fast, over FLOPs over",
+      "us: the least of several turns, all sizes one after the other in each",
+      f"device: {jax.devices()[0].device_kind}",
+    ],
+  )
+
+
+def _one_layer(groups: str, width: int) -> tuple[Any, dict[str, Any]]:
+  """A decoder of one layer in which almost all is of these groups."""
+  neurons = groups == "neurons"
+  heads = 1 if neurons else max(4, width // 64)
+  attention = {"num_heads": heads, "num_kv_heads": heads, "head_dim": 64}
+  config = model_config.DecoderConfig(
+    vocab_size=8,
+    embed_dim=width,
+    num_layers=1,
+    mlp="swiglu" if neurons else "none",
+    mixer_options={"attention": attention},
+    mlp_options={"swiglu": {"hidden_dim": 4 * width}} if neurons else {},
+    scan=False,
+  )
+  model = decoder.Decoder(config)
+  init = jax.jit(lambda key: model.init(key, *model.example_inputs())["params"])
+  return model, init(jax.random.key(0))
+
+
+def _without(
+  model: Any, params: dict[str, Any], groups: str, share: float
+) -> tuple[Any, dict[str, Any]]:
+  options = {"groups": groups, "sparsity": share, "score": "random"}
+  if groups == "neurons":
+    options["multiple_of"] = 16
+  tree = specs.specs(model)
+  return registry.find("structured")(model, params, tree, options=options)
+
+
+def _runner(model: Any, params: dict[str, Any], length: int) -> Any:
+  """The layer as a function of its input; its weights are arguments."""
+  layer = model.layer(0)
+  places = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
+  own = params["layer_0"]
+  apply = jax.jit(lambda own, x: layer.apply({"params": own}, x, None, *places, None))
+  return lambda x: apply(own, x)[0]
+
+
+def _bytes(params: dict[str, Any]) -> int:
+  return sum(a.nbytes for a in jax.tree.leaves(params["layer_0"]))
 
 
 def _ways(block: int) -> dict[str, dict[str, Any]]:

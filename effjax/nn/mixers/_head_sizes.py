@@ -45,6 +45,12 @@ class HeadSizes:
     """Channels of all values in a model of width `embed_dim`; checks the divisions."""
     return self.num_heads * self.sizes(embed_dim)[1]
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "HeadSizes":
+    """The options with `count` heads."""
+    del axis
+    key, value = self.sizes(embed_dim)
+    return dataclasses.replace(self, num_heads=count, head_dim=key, value_dim=value)
+
   def _per_head(self, name: str, embed_dim: int) -> int:
     expand = getattr(self, name)
     size = expand * embed_dim / self.num_heads

@@ -20,6 +20,9 @@ from effjax.weights import weight as weight_lib
 
 # The output, the memory after the last token, and the inputs kept for convolutions.
 Mixed = tuple[jax.Array, Any, Mapping[str, jax.Array]]
+# How the heads of a weight hang together: `parts` and `within` of its spec.
+Grouping = Mapping[str, Any]
+_UNGROUPED: Grouping = {}
 
 
 class RecurrentMixer(nn.Module):
@@ -92,6 +95,7 @@ class RecurrentMixer(nn.Module):
     size: int,
     axis: str,
     head_dim: int | None = None,
+    grouping: Grouping = _UNGROUPED,
   ) -> jax.Array:
     """The inputs through a weight of their own: `[B, L, D] -> [B, L, size]`."""
     w = weight_lib.weight(
@@ -102,6 +106,7 @@ class RecurrentMixer(nn.Module):
       axes=("embed", axis),
       head_dim=head_dim,
       reads=self.reads,
+      **grouping,
     )
     return shard(verbs.contract(x_BLD, w), ("batch", "length", axis))
 
@@ -130,7 +135,13 @@ class RecurrentMixer(nn.Module):
   def _per_head(self, name: str, init: weight_lib.Init, num_heads: int) -> jax.Array:
     """One number a head, not decayed: `[H]` float32."""
     w = weight_lib.weight(
-      self, name, init, (num_heads,), axes=("ssm_heads",), kind="ssm"
+      self,
+      name,
+      init,
+      (num_heads,),
+      axes=("ssm_heads",),
+      kind="ssm",
+      **one_each(num_heads),
     )
     return verbs.dense(w)
 
@@ -157,6 +168,11 @@ class RecurrentMixer(nn.Module):
 def memory(state: recurrent.RecurrentState | None) -> Any:
   """The memory to start from, or None."""
   return None if state is None else state.memory
+
+
+def one_each(num_heads: int, axis: str = "inner") -> Grouping:
+  """What there is once for every head of another axis."""
+  return {"parts": num_heads, "within": axis}
 
 
 def split_heads(x_BLI: jax.Array, head_dim: int, axis: str) -> jax.Array:

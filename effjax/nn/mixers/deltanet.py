@@ -62,14 +62,19 @@ class DeltaNet(_recurrent.RecurrentMixer):
     opts = self.options
     _, value_dim = opts.sizes(self.embed_dim)
     heads = opts.num_heads
+    own = {"inner": _recurrent.one_each(heads, "heads")}
     streams, conv = {}, {}
     for name, (size, axis) in self._streams().items():
-      stream_BLI = self._project(x_BLD, name, heads * size, axis, size)
+      stream_BLI = self._project(
+        x_BLD, name, heads * size, axis, size, own.get(axis, {})
+      )
       stream_BLI, conv[name] = self._convolve(
         stream_BLI, name, axis, state, segments, bias=False
       )
       streams[name] = _recurrent.split_heads(stream_BLI, size, axis)
-    beta_BLH = self._project(x_BLD, "beta", heads, "ssm_heads")
+    beta_BLH = self._project(
+      x_BLD, "beta", heads, "ssm_heads", grouping=_recurrent.one_each(heads)
+    )
     beta_BLH = nn.sigmoid(beta_BLH.astype(jnp.float32))
     o_BLHV, memory_BHKV = recurrence_ops.delta_rule(
       recurrence_ops.unit(streams["q"]),

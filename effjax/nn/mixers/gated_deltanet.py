@@ -96,6 +96,16 @@ class GatedDeltaNetOptions:
     """Channels of all values in a model of width `embed_dim`; checks the divisions."""
     return self.value_heads * self.sizes(embed_dim)[1]
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "GatedDeltaNetOptions":
+    """The options with `count` value heads, or key heads with their value heads."""
+    key, value = self.sizes(embed_dim)
+    keys, values = self.num_heads, count
+    if axis == "heads":
+      keys, values = count, self.value_heads // self.num_heads * count
+    return dataclasses.replace(
+      self, num_heads=keys, num_value_heads=values, head_dim=key, value_dim=value
+    )
+
 
 class GatedDeltaNet(_recurrent.RecurrentMixer):
   """Gated DeltaNet mixer; causal by construction."""
@@ -112,9 +122,13 @@ class GatedDeltaNet(_recurrent.RecurrentMixer):
     del positions  # the recurrence knows order
     opts = self.options
     _, value_dim = opts.sizes(self.embed_dim)
+    # Each key head serves as many value heads.
+    served = {"inner": {"parts": opts.num_heads, "within": "heads"}}
     streams, conv = {}, {}
     for name, (num_heads, size, axis) in self._streams().items():
-      stream_BLI = self._project(x_BLD, name, num_heads * size, axis, size)
+      stream_BLI = self._project(
+        x_BLD, name, num_heads * size, axis, size, served.get(axis, {})
+      )
       stream_BLI, conv[name] = self._convolve(
         stream_BLI, name, axis, state, segments, bias=False
       )
@@ -139,8 +153,12 @@ class GatedDeltaNet(_recurrent.RecurrentMixer):
   def _rates(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Corrections beta = sigmoid(x W_b) and g = -A softplus(x W_dt + bias), float32."""
     heads = self.options.value_heads
-    beta_BLH = self._project(x_BLD, "beta", heads, "ssm_heads").astype(jnp.float32)
-    dt_BLH = self._project(x_BLD, "dt", heads, "ssm_heads").astype(jnp.float32)
+    beta_BLH, dt_BLH = (
+      self._project(
+        x_BLD, name, heads, "ssm_heads", grouping=_recurrent.one_each(heads)
+      ).astype(jnp.float32)
+      for name in ("beta", "dt")
+    )
     dt_init = step_size.bias_init(self.options.dt_min, self.options.dt_max)
     dt_bias_H = self._per_head("dt_bias", dt_init, heads)
     a_log_H = self._per_head("a_log", _a_log_init, heads)

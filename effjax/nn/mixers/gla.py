@@ -105,7 +105,10 @@ class GLA(_recurrent.RecurrentMixer):
   def _heads(self, x_BLD: jax.Array, name: str, size: int, axis: str) -> jax.Array:
     """Projects to heads `[B, L, H, size]`."""
     width = self.options.num_heads * size
-    y_BLI = self._project(x_BLD, name, width, axis, size)
+    own = _recurrent.one_each(self.options.num_heads, "heads")
+    y_BLI = self._project(
+      x_BLD, name, width, axis, size, own if axis == "inner" else {}
+    )
     return _recurrent.split_heads(y_BLI, size, axis)
 
   @nn.nowrap

@@ -42,6 +42,11 @@ class LinearAttentionOptions:
   def __post_init__(self):
     _linear_heads.check_options(self)
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "LinearAttentionOptions":
+    """The options with `count` heads."""
+    del axis, embed_dim
+    return dataclasses.replace(self, num_heads=count)
+
 
 class LinearAttention(_linear_heads.LinearMixer):
   """Linear attention, causal or over whole documents."""

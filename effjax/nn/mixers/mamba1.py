@@ -81,6 +81,11 @@ class Mamba1Options:
     """Rank of the projection to step sizes in a model of width `embed_dim`."""
     return self.dt_rank or math.ceil(embed_dim / 16)
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "Mamba1Options":
+    """The options with `count` inner channels."""
+    del axis, embed_dim
+    return dataclasses.replace(self, inner_dim=count)
+
 
 class Mamba1(_recurrent.RecurrentMixer):
   """Mamba mixer; causal by construction."""

@@ -72,6 +72,20 @@ class Mamba2Options:
     )
     return inner
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "Mamba2Options":
+    """The options with `count` heads, or groups of them.
+
+    A head that is zero counts in the mean square of its group's norm, one that is gone
+    does not: `norm_eps` grows by what the mean does, and so has to the norm's scale.
+    """
+    heads, groups = self.width(embed_dim) // self.head_dim, self.num_groups
+    if axis == "state":
+      inner = heads // groups * count * self.head_dim
+      return dataclasses.replace(self, inner_dim=inner, num_groups=count)
+    return dataclasses.replace(
+      self, inner_dim=count * self.head_dim, norm_eps=self.norm_eps * heads / count
+    )
+
 
 class Mamba2(_recurrent.RecurrentMixer):
   """Mamba-2 mixer; causal by construction."""
@@ -91,11 +105,14 @@ class Mamba2(_recurrent.RecurrentMixer):
     heads, groups = inner // opts.head_dim, opts.num_groups
     lead = x_BLD.shape[:2]
 
-    z_BLI = self._project(x_BLD, "z", inner, "inner", opts.head_dim)
+    # Each group of heads has one B and C.
+    grouped = {"parts": groups, "within": "state"}
+    z_BLI = self._project(x_BLD, "z", inner, "inner", opts.head_dim, grouped)
     streams, conv = {}, {}
     for name, (size, axis) in self._conv_channels().items():
-      head_dim = opts.head_dim if axis == "inner" else None
-      stream = self._project(x_BLD, name, size, axis, head_dim)
+      inside = axis == "inner"
+      head = (opts.head_dim, grouped) if inside else (opts.state_dim,)
+      stream = self._project(x_BLD, name, size, axis, *head)
       streams[name], conv[name] = self._convolve(
         stream, name, axis, state, segments, bias=True
       )
@@ -104,7 +121,9 @@ class Mamba2(_recurrent.RecurrentMixer):
     )
     a_log = self._per_head("a_log", _a_log_init, heads)
     skip = self._per_head("d", nn.initializers.ones, heads)
-    dt_BLH = self._project(x_BLD, "dt", heads, "ssm_heads").astype(jnp.float32)
+    dt_BLH = self._project(
+      x_BLD, "dt", heads, "ssm_heads", grouping=_recurrent.one_each(heads)
+    ).astype(jnp.float32)
     dt_BLH = nn.softplus(dt_BLH + dt_bias[None, None, :])
 
     x_BLHP = streams["x"].reshape(*lead, heads, opts.head_dim)

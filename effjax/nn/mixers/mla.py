@@ -89,6 +89,11 @@ class MLAOptions:
         "attention implementation", self.implementation, attention_ops.NAMES
       )
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "MLAOptions":
+    """The options with `count` heads."""
+    del axis, embed_dim
+    return dataclasses.replace(self, num_heads=count)
+
   @property
   def score_scale(self) -> float:
     """Factor of the scores: of the head size, and of YaRN as DeepSeek has it."""

@@ -60,6 +60,11 @@ class PerformerOptions:
     _linear_heads.check_options(self)
     config.require(self.seed >= 0, f"seed={self.seed} must be 0 or above")
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "PerformerOptions":
+    """The options with `count` heads."""
+    del axis, embed_dim
+    return dataclasses.replace(self, num_heads=count)
+
 
 class Performer(_linear_heads.LinearMixer):
   """Performer attention, causal or over whole documents."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from effjax.core import errors
 from effjax.nn import norm
 from effjax.nn.caches import recurrent
 from effjax.nn.mixers import _linear_heads, _recurrent
@@ -48,6 +49,12 @@ class RetNetOptions:
 
   def __post_init__(self):
     _linear_heads.check_options(self)
+
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "RetNetOptions":
+    """Raises InputError: a head without its number has another decay."""
+    raise errors.InputError(
+      "heads of retnet cannot be removed: the decay of a head is that of its number"
+    )
 
   @property
   def value_head_dim(self) -> int:

@@ -46,6 +46,11 @@ class GeluOptions:
     """Hidden units in a model of width `embed_dim`."""
     return self.hidden_dim or 4 * embed_dim
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "GeluOptions":
+    """The options with `count` hidden units."""
+    del axis, embed_dim
+    return dataclasses.replace(self, hidden_dim=count)
+
 
 class Gelu(nn.Module):
   """Two projections with a GELU between them.

@@ -15,7 +15,6 @@ the bias is set to each expert's excess load, and the optimizer moves biases of 
 Letters: F hidden units of an expert, N rows of all experts.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -23,121 +22,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from effjax.core import config, errors
 from effjax.core.shard import shard
-from effjax.nn.mlps import swiglu
+from effjax.nn.mlps import _moe_options, swiglu
 from effjax.ops.moe import dispatch, routing
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
 
-ROUTERS = ("top_k", "switch", "sigmoid", "expert_choice")
-DISPATCHES = ("dropless", "capacity", "dense")
+MoEOptions = _moe_options.MoEOptions
+DISPATCHES = _moe_options.DISPATCHES
 
 # All experts on rows `[N, D]` in groups of the given sizes, or `[E, C, D]` without.
 ExpertFn = Callable[..., jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEOptions:
-  """Options of a mixture of experts.
-
-  Attributes:
-    num_experts: E, routed experts.
-    top_k: experts a token uses; ignored by "switch" (1).
-    hidden_dim: F, hidden units of one expert; None for a SwiGLU's default.
-    num_shared: experts every token uses, beside the routed ones.
-    router: "top_k" (softmax), "switch" (its best one, not renormalized), "sigmoid"
-      (with a bias that balances the load), or "expert_choice" (experts take tokens).
-    renormalize: whether the weights of a token sum to 1; ignored by "switch" and
-      "expert_choice".
-    routed_scale: factor of the weights of "sigmoid" (2.5 in DeepSeek-V3).
-    num_groups: groups of experts for "sigmoid"; a token uses experts of `top_groups`.
-    top_groups: groups a token uses experts of.
-    dispatch: "dropless", "capacity" (what does not fit is dropped) or "dense" (all
-      experts for all tokens: the reference, for tests).
-    capacity_factor: rows of an expert over an even share, in training; also the tokens
-      that each expert takes in expert choice.
-    eval_capacity_factor: the same, elsewhere.
-    balancing_loss: weight of the balancing loss (0.01 in Switch).
-    z_loss: weight of the router's z-loss (0.001 in ST-MoE).
-    jitter: the router's input is multiplied by noise in 1 - jitter to 1 + jitter while
-      training.
-    leak_future: allows expert choice in a causal model, where which tokens an expert
-      takes depends on those that follow.
-  """
-
-  num_experts: int = 8
-  top_k: int = 2
-  hidden_dim: int | None = None
-  num_shared: int = 0
-  router: str = "top_k"
-  renormalize: bool = True
-  routed_scale: float = 1.0
-  num_groups: int = 1
-  top_groups: int = 1
-  dispatch: str = "dropless"
-  capacity_factor: float = 1.25
-  eval_capacity_factor: float = 2.0
-  balancing_loss: float = 0.01
-  z_loss: float = 0.0
-  jitter: float = 0.0
-  leak_future: bool = False
-
-  def __post_init__(self):
-    for name in ("num_experts", "top_k", "hidden_dim", "num_groups", "top_groups"):
-      value = getattr(self, name)
-      config.require(
-        value is None or value > 0, f"moe {name} must be positive, got {value}"
-      )
-    for name in ("num_shared", "balancing_loss", "z_loss"):
-      value = getattr(self, name)
-      config.require(value >= 0, f"moe {name} must not be negative, got {value}")
-    for name in ("capacity_factor", "eval_capacity_factor", "routed_scale"):
-      value = getattr(self, name)
-      config.require(value > 0, f"moe {name} must be positive, got {value}")
-    config.require(
-      0 <= self.jitter < 1, f"moe jitter must be from 0 to below 1, got {self.jitter}"
-    )
-    for name, allowed in (("router", ROUTERS), ("dispatch", DISPATCHES)):
-      if getattr(self, name) not in allowed:
-        raise errors.unknown(f"moe {name}", getattr(self, name), allowed)
-    config.require(
-      self.k <= self.num_experts,
-      f"moe top_k={self.top_k} must not exceed num_experts={self.num_experts}",
-    )
-    self._check_groups()
-
-  def _check_groups(self) -> None:
-    if self.num_groups == 1:
-      return
-    config.require(
-      self.router == "sigmoid", "moe num_groups above 1 needs router='sigmoid'"
-    )
-    size, rest = divmod(self.num_experts, self.num_groups)
-    config.require(
-      not rest and size >= 2,
-      f"moe num_groups={self.num_groups} must divide num_experts={self.num_experts} "
-      "into groups of at least 2",
-    )
-    config.require(
-      self.top_groups <= self.num_groups and self.k <= self.top_groups * size,
-      f"moe top_groups={self.top_groups} must not exceed num_groups="
-      f"{self.num_groups} and must hold top_k={self.top_k} experts",
-    )
-
-  @property
-  def k(self) -> int:
-    """Experts a token uses."""
-    return 1 if self.router == "switch" else self.top_k
-
-  @property
-  def sees_future(self) -> bool:
-    """Whether it must be refused in a causal model."""
-    return self.router == "expert_choice" and not self.leak_future
-
-  def width(self, embed_dim: int) -> int:
-    """Hidden units of an expert in a model of width `embed_dim`."""
-    return swiglu.SwiGLUOptions(hidden_dim=self.hidden_dim).width(embed_dim)
 
 
 class MoE(nn.Module):
@@ -176,9 +71,7 @@ class MoE(nn.Module):
     y_TD = choice(x_TD, logits_TE, valid_T, expert_fn)
     y_BLD = y_TD.reshape(x_BLD.shape)
     if opts.num_shared:
-      shared = swiglu.SwiGLUOptions(
-        hidden_dim=opts.num_shared * opts.width(self.embed_dim)
-      )
+      shared = swiglu.SwiGLUOptions(hidden_dim=opts.shared_width(self.embed_dim))
       y_BLD += swiglu.SwiGLU(
         shared, self.embed_dim, self.reads, self.out_scale, name="shared"
       )(x_BLD, valid_BL)
@@ -216,6 +109,7 @@ class MoE(nn.Module):
       axes=("embed", "experts"),
       kind="router",
       reads=self.reads,
+      parts=opts.num_groups,
     )
     x_TD = x_TD.astype(jnp.float32)
     if opts.jitter and self._training:

@@ -35,6 +35,11 @@ class SwiGLUOptions:
     """Hidden units in a model of width `embed_dim`."""
     return self.hidden_dim or -(-8 * embed_dim // 96) * 32
 
+  def narrowed(self, axis: str, count: int, embed_dim: int) -> "SwiGLUOptions":
+    """The options with `count` hidden units."""
+    del axis, embed_dim
+    return dataclasses.replace(self, hidden_dim=count)
+
 
 class SwiGLU(nn.Module):
   """Gated MLP.

@@ -36,7 +36,7 @@ from effjax.ops.attention import masks, patterns, xla
 # Below every score, above what is masked: exp(MASKED - _LOWEST) is 0.
 _LOWEST = masks.MASKED / 2
 
-# The layout that one_document holds; `measure.flops` counts this branch.
+# The layout that one_document holds; `ops.flops` counts this branch.
 ONE_DOCUMENT = "one_document_a_row"
 
 # Time of a pair of tokens in blocks of so many, measured on a CPU (AMD EPYC, 2 cores,

@@ -6,7 +6,7 @@ from effjax.cli.benches import sparse
 
 
 def test_bytes_are_those_of_each_way():
-  table = sparse.bench(quick=True)
+  table, smaller = sparse.bench(quick=True)
   assert {row["rows"] for row in table.rows} == set(sparse.TOKENS)
   first = {row["held"]: row for row in table.rows if row["rows"] == 1}
   bytes_of = {name: row["bytes"] for name, row in first.items()}
@@ -19,3 +19,10 @@ def test_bytes_are_those_of_each_way():
   assert first["2:4"]["simulated"] == "flops"
   assert first["blocks of 16x16 50 %"]["simulated"] is None
   assert all(row["us"] > 0 for row in table.rows)
+  for row in smaller.rows:
+    share = float(row["gone"].rstrip("%")) / 100
+    if row["groups"] == "neurons":
+      # A fixed mixer of one head and the norms stand beside the neurons.
+      own, rest = 3 * 32 * 128, 4 * 32 * 64 + 2 * 32
+      assert row["bytes"] == pytest.approx((rest + (1 - share) * own) / (rest + own))
+    assert row["us"] > 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from effjax.core import config, errors
-from effjax.measure import flops
 from effjax.nn.mixers import longformer
+from effjax.ops import flops
 from effjax.ops.attention import rope as rope_lib
 from effjax.ops.attention import xla
 from effjax.weights import weight as weight_lib

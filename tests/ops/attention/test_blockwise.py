@@ -9,7 +9,7 @@ import pytest
 from jax.extend import core as jex
 
 from effjax.core import errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.attention import alibi, api, blockwise, masks, patterns, reference, xla
 
 LENGTH = 75

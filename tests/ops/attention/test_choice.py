@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from effjax.core import errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.attention import alibi, api, blockwise, choice, patterns
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.core import counting, errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.attention import alibi, decode, patterns, streamed
 
 ROWS, HEADS, GROUPS, DIM, VALUE_DIM, SLOTS = 3, 4, 2, 8, 6, 21

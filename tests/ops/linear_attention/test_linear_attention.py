@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effjax.core import errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.linear_attention import api, feature_maps, reference
 
 ROWS, LENGTH, HEADS, FEATURES, VALUES = 2, 23, 2, 6, 5

@@ -8,7 +8,7 @@ import scipy.linalg
 from jax.test_util import check_grads
 
 from effjax.core import errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.matmul import hadamard
 
 ORDERS = [n for n in range(1, 257) if hadamard.exists(n)]

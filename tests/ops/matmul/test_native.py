@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.matmul import activations, int8, native
 
 _dot = jax.jit(lambda x, w: int8.int8_dot(x, w, out_first=True))

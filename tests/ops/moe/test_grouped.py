@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effjax.core import counting, errors
-from effjax.measure import flops
+from effjax.ops import flops
 from effjax.ops.moe import grouped
 
 D, F = 5, 7
