@@ -32,6 +32,8 @@ from effjax.measure import bytes as bytes_lib
 WINDOWS, LENGTH = 16, 512
 CALIBRATION_TOKENS, SEARCH_TOKENS = 16_384, 2_048
 SENTENCES, CALIBRATION_SENTENCES = 512, 512
+# Of calibration text, one after the other; of sentences there is one.
+DRAWS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Cell:
     name: of the row.
     steps: transforms in their order, each with its options and where.
     beside: the cells it is compared with, beside the original.
+    draw: which of the subject's draws of calibration it sees.
   """
 
   name: str
   steps: tuple[tuple[Any, ...], ...]
   beside: tuple[str, ...] = ()
+  draw: int = 0
 
 
 def main(
@@ -80,13 +84,14 @@ def table(name: str, cells: list[Cell], subject: Any) -> str:
   """Runs the cells of one model; the table in Markdown."""
   model, params = subject.model, subject.params
   original = subject.losses(model, params)
+  total = num_weights(model)
   found, bits, secs = {"original": original}, {"original": 32.0}, {}
   for cell in cells:
     start = time.perf_counter()
     made, new = compressed(cell, model, params, subject)
     secs[cell.name] = time.perf_counter() - start
     found[cell.name] = subject.losses(made, new)
-    bits[cell.name] = matrix_bits(made, new)
+    bits[cell.name] = matrix_bits(made, new, total)
     print(
       json.dumps(
         {
@@ -124,7 +129,8 @@ def compressed(cell: Cell, model: Any, params: Any, subject: Any) -> tuple[Any, 
     change = transforms.find(name)
     batches = ()
     if compress.needs_batches(change, change.options(dict(options))):
-      batches = subject.batches[: subject.search if name == "awq" else None]
+      batches = subject.draws[cell.draw]
+      batches = batches[: subject.search if name == "awq" else None]
     specs = specs_lib.specs(model)
     model, params = compress.transform(
       change, model, params, specs, batches, options=options, where=(*where, None)[0]
@@ -132,11 +138,16 @@ def compressed(cell: Cell, model: Any, params: Any, subject: Any) -> tuple[Any, 
   return model, jax.block_until_ready(params)
 
 
-def matrix_bits(model: Any, params: Any) -> float:
-  """Bits a weight, of the matrices alone."""
+def num_weights(model: Any) -> int:
+  """Weights of the matrices."""
+  specs = tree_lib.flatten(specs_lib.specs(model)).values()
+  return sum(spec.size for spec in specs if spec.kind == "matrix")
+
+
+def matrix_bits(model: Any, params: Any, total: int) -> float:
+  """Bits held for each of the `total` weights that the matrices had at first."""
   specs, leaves = map(tree_lib.flatten, (specs_lib.specs(model), params))
   chosen = {p: leaf for p, leaf in leaves.items() if specs[p].kind == "matrix"}
-  total = sum(specs[p].size for p in chosen)
   return 8 * bytes_lib.held_bytes(chosen) / total
 
 
@@ -167,7 +178,9 @@ class Language:
     data = pipeline.open_data(config, tokenizer=opened.tokenizer)
     iterator = data.train_iterator()
     number = CALIBRATION_TOKENS // (4 * LENGTH)
-    self.batches = tuple(dict(next(iterator)) for _ in range(number))
+    self.draws = tuple(
+      tuple(dict(next(iterator)) for _ in range(number)) for _ in range(DRAWS)
+    )
     iterator.close()
     self.search = SEARCH_TOKENS // (4 * LENGTH)
     # Whole windows of text that no other window holds.
@@ -208,7 +221,7 @@ class Sentences:
     texts = list(dict.fromkeys(example.text for example in examples))
     self._texts = texts[:SENTENCES]
     other = texts[SENTENCES : SENTENCES + CALIBRATION_SENTENCES]
-    self.batches = tuple(self._padded(other[k : k + 64]) for k in range(0, 512, 64))
+    self.draws = (tuple(self._padded(other[k : k + 64]) for k in range(0, 512, 64)),)
     self.search = 2
     self._original = self._embedded(self.model, self.params)
 

@@ -31,7 +31,7 @@ def main() -> None:
   subject = cells.Language()
   model, flat = layers.unstack(subject.model, subject.params)
   parts = blocks.Blocks(model)
-  used = [b["inputs"] for b in subject.batches[:2]]
+  used = [b["inputs"] for b in subject.draws[0][:2]]
   seen = parts.embed(flat, {"inputs": jnp.concatenate([jnp.asarray(x) for x in used])})
   rows = np.stack([row["inputs"] for row in subject.rows[:ROWS]])
   new = parts.embed(flat, {"inputs": jnp.asarray(rows)})
