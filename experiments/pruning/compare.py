@@ -1,7 +1,7 @@
 """A real model pruned: which score loses how much, at 30, 50 and 70 % and 2:4.
 
-And by whole groups, after which it is smaller. What it is judged on: experiments/cells.py. Fetches the model and the texts the first
-time.
+And by whole groups, after which it is smaller. What it is judged on:
+experiments/cells.py. Fetches the model and the texts the first time.
 """
 
 import pathlib
@@ -58,6 +58,5 @@ OTHER_BUDGETS = (
 )
 
 if __name__ == "__main__":
-  cells.main(
-    __doc__, [("smollm2", SMOLLM2 + STRUCTURED, OTHER_BUDGETS, cells.Language)]
-  )
+  known = ("smollm2", SMOLLM2 + STRUCTURED, OTHER_BUDGETS, cells.Language)
+  cells.main(__doc__, [known])
