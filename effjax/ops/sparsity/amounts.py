@@ -42,24 +42,24 @@ def erk_densities(
     dense |= {path for path in over if raw[path] == top}
 
 
-def numbers_kept(
+def shares(
   shapes: Mapping[str, Sequence[int]], sparsity: float, budget: str
-) -> dict[str, int]:
-  """How many weights each matrix keeps.
+) -> dict[str, float]:
+  """The share of each matrix that is pruned.
 
   Args:
-    shapes: of matrices `[*stack, I, O]`; all of a stack keep as many.
+    shapes: of matrices `[*stack, I, O]`; all of a stack lose as many.
     sparsity: share of all weights to prune, in [0, 1).
     budget: "uniform" (the same share of each) or "erk".
-
-  Returns:
-    Numbers from 0 to I x O: what is pruned is rounded to the nearest, halves to even.
   """
-  shares = dict.fromkeys(shapes, sparsity)
   if budget == "erk":
-    shares = {p: 1 - density for p, density in erk_densities(shapes, sparsity).items()}
-  sizes = {path: math.prod(shape[-2:]) for path, shape in shapes.items()}
-  return {path: sizes[path] - round(shares[path] * sizes[path]) for path in shapes}
+    return {p: 1 - density for p, density in erk_densities(shapes, sparsity).items()}
+  return dict.fromkeys(shapes, sparsity)
+
+
+def number_kept(size: int, share: float) -> int:
+  """What is left of `size` weights: round(share x size) go, halves to even."""
+  return size - round(share * size)
 
 
 def cubic(start: float, end: float, num_updates: int) -> np.ndarray:

@@ -39,14 +39,19 @@ def test_erk_keeps_what_is_asked_for(rng, sparsity):
   np.testing.assert_allclose(ratios, ratios[:1] * len(ratios))
 
 
-def test_numbers_kept_are_rounded_for_each_matrix():
+def test_shares_of_budgets():
   shapes = {"a": (40, 40), "b": (2, 8, 8), "c": (2, 2)}
-  assert amounts.numbers_kept(shapes, 0.9, "uniform") == {"a": 160, "b": 6, "c": 0}
+  assert amounts.shares(shapes, 0.9, "uniform") == dict.fromkeys("abc", 0.9)
+  shares = amounts.shares(shapes, 0.9, "erk")
   density = amounts.erk_densities(shapes, 0.9)
-  kept = amounts.numbers_kept(shapes, 0.9, "erk")
-  assert kept["c"] == 4
-  assert abs(kept["a"] - density["a"] * 1600) <= 0.5
-  assert abs(kept["b"] - density["b"] * 64) <= 0.5
+  assert shares["c"] == 0.0 and shares["b"] == 1 - density["b"]
+
+
+@pytest.mark.parametrize(
+  ("size", "share", "kept"), [(4, 0.9, 0), (64, 0.9, 6), (5, 0.5, 3), (7, 0.5, 3)]
+)
+def test_what_is_pruned_is_rounded_to_even(size, share, kept):
+  assert amounts.number_kept(size, share) == kept
 
 
 def test_cubic_is_the_formula():
