@@ -177,7 +177,7 @@ def wrap(
         masks=masks,
         held={p: jnp.where(masks[p], 0, now.weights[p]) for p in state.held},
         sparsity=_sparsity(masks),
-        inner=_forgotten(inner_state, masks),
+        inner=forgotten(inner_state, masks),
       )
 
     if rule.revise is None:
@@ -242,7 +242,7 @@ def _settled(updates: Any, masks: Arrays, weights: Arrays) -> dict[str, Any]:
   return _replaced(updates, new)
 
 
-def _forgotten(inner_state: Any, masks: Arrays) -> Any:
+def forgotten(inner_state: Any, masks: Arrays) -> Any:
   """The optimizer's state with zero moments of what is not there."""
 
   def forget(path: tuple[Any, ...], array: Any) -> Any:
