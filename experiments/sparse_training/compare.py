@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.sparse_training import lottery, methods, tables
 from experiments.sparse_training import network as network_lib
 
-RATES = (0.02, 0.05, 0.1, 0.2)
+RATES = (0.05, 0.1, 0.2)
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 BUDGETS = ("erk", "uniform")
 VARIANTS = ("ticket", "reinitialized", "random")
