@@ -145,11 +145,11 @@ def wrap(
     if params is None:
       raise ValueError("update needs the parameters: tx.update(updates, state, params)")
     gradients, weights = chosen(updates), chosen(params)
-    whole = {p: w + state.held[p] if rule.holds else w for p, w in weights.items()}
-    scores = {
-      p: s + rule.score(whole[p], gradients[p]) for p, s in state.scores.items()
-    }
-    state = state._replace(scores=scores)
+    scores = state.scores
+    if rule.score is not None:
+      last = _last_values(state, weights)
+      scores = {p: s + rule.score(last[p], gradients[p]) for p, s in scores.items()}
+      state = state._replace(scores=scores)
 
     def step():
       masked = _replaced(updates, _masked(state.masks, gradients))
@@ -165,7 +165,7 @@ def wrap(
       now = Now(
         count=state.count + rule.steps,
         masks=state.masks,
-        weights={p: w + moves[p] for p, w in whole.items()},
+        weights={p: w + moves[p] for p, w in _last_values(state, weights).items()},
         gradients=gradients,
         scores=scores,
         key=jax.random.fold_in(_key(state), state.count + 1),
@@ -232,6 +232,14 @@ def _replaced(tree: Any, arrays: Arrays) -> dict[str, Any]:
 
 def _masked(masks: Arrays, arrays: Arrays) -> dict[str, jax.Array]:
   return {p: jnp.where(masks[p], a, jnp.zeros_like(a)) for p, a in arrays.items()}
+
+
+def _last_values(state: SparseState, weights: Arrays) -> dict[str, jax.Array]:
+  """Weights with what is held of those that are not there, else 0."""
+  return {
+    path: jnp.where(state.masks[path], w, state.held.get(path, 0.0))
+    for path, w in weights.items()
+  }
 
 
 def _settled(updates: Any, masks: Arrays, weights: Arrays) -> dict[str, Any]:
