@@ -6,7 +6,8 @@ follows the cubic schedule; the masks go on changing after it, at the last v. As
 gradients pass straight through the mask: w is the last value of a weight that is not
 there, which scores on and can come back with that value. Deviations: the optimizer's
 moments of a weight start anew when it comes back; S has no learning rate of its own,
-which would change no order.
+which would change no order. A change of the masks reads the scores 32 times, so `every`
+of 10 is much cheaper than the paper's 1.
 """
 
 import dataclasses
