@@ -25,6 +25,7 @@ TOPICS: Mapping[str, str] = {
   "transforms": "effjax.compress.*",
   "optimizers": "effjax.optim.optimizers",
   "schedules": "effjax.optim.schedules",
+  "sparsifiers": "effjax.optim.sparsifiers",
   "corpora": "effjax.data.builders",
   "tasks": "effjax.data.tasks",
   "pretrained": "effjax.data.pretrained",

@@ -1,4 +1,4 @@
-"""What a registered optimizer or schedule is, and how one reads the parameters' specs.
+"""What is registered for optimization, and how it reads the parameters' specs.
 
 Trees of updates and parameters may have holes: `None` where a parameter is frozen, and
 optax's `MaskedNode` where another optimizer owns it. The specs tree may still hold a
@@ -55,6 +55,29 @@ class ScheduleTechnique:
   options_cls: type
 
   def options(self, values: Mapping[str, Any], path: str = "schedule_options") -> Any:
+    """Validated options; raises InputError with one line."""
+    return config.build(self.options_cls, values, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityTechnique:
+  """A kind of sparse training the registry hands out.
+
+  Attributes:
+    make: `make(inner, target, num_steps, options, key)`, the optimizer `inner` under
+      masks (see optim.sparse); `target` is a sparse.Target.
+    options_cls: frozen dataclass of its options, every field with a default.
+    fit: `fit(options, num_steps)` raises InputError if its schedule does not fit.
+    rate: `rate(rate, num_steps, options)`, the learning rate by updates of `inner`, for
+      a kind that lets it leave out steps.
+  """
+
+  make: Callable[..., optax.GradientTransformation]
+  options_cls: type
+  fit: Callable[[Any, int], Any] | None = None
+  rate: Callable[[Schedule, int, Any], Schedule] | None = None
+
+  def options(self, values: Mapping[str, Any], path: str = "options") -> Any:
     """Validated options; raises InputError with one line."""
     return config.build(self.options_cls, values, path)
 

@@ -9,7 +9,7 @@ import optax
 
 from effjax.core import config as config_lib
 from effjax.core import registry
-from effjax.optim import base, masking
+from effjax.optim import base, masking, sparsity
 
 OPTIMIZERS = "effjax.optim.optimizers"
 SCHEDULES = "effjax.optim.schedules"
@@ -75,8 +75,9 @@ def build(
   specs: Mapping[str, Any],
   num_steps: int,
   masks: Mapping[str, Any] | None = None,
+  sparsifier: sparsity.Sparsifier | None = None,
 ) -> tuple[optax.GradientTransformation, base.Schedule]:
-  """The whole update rule: clip, optimizer with its schedule, balancing, masks.
+  """The update rule: clip, optimizer with its schedule, balancing, sparsity, masks.
 
   Args:
     config: validated config.
@@ -84,6 +85,7 @@ def build(
       where it has specs.
     num_steps: how many updates the schedule spans.
     masks: what a pruned model keeps; see `masking.keep_masks`.
+    sparsifier: what makes other parameters sparse; None for nothing.
 
   Returns:
     The transformation, and the learning rate as a function of the step, for logging.
@@ -93,10 +95,13 @@ def build(
   """
   rate = learning_rate(config, num_steps)
   technique = _optimizer(config)
-  tx = technique.make(rate, specs, technique.options(config.options))
+  by_update = rate if sparsifier is None else sparsifier.rate(rate)
+  tx = technique.make(by_update, specs, technique.options(config.options))
   if config.clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
   tx = _balancing(config.balance_rate, specs, tx)
+  if sparsifier is not None:
+    tx = sparsifier.wrap(tx)
   if masks is not None:
     tx = masking.keep_masks(masks, tx)
   return tx, rate

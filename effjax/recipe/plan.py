@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from effjax.compress import api as compress
@@ -23,6 +24,7 @@ from effjax.data import pipeline
 from effjax.data.tasks import base
 from effjax.models import api as models
 from effjax.models import encoder_config
+from effjax.optim import sparsity
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.recipe import config as config_lib
@@ -154,11 +156,7 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
     return dataclasses.replace(start, params=kept)
   if stage.technique == config_lib.TRAIN:
     paths = select_lib.select(start.specs, where)
-    plain = jax.eval_shape(
-      lambda params: masks.take_out(params, paths)[0], start.params
-    )
-    state_lib.split(plain, paths)
-    return start
+    return dataclasses.replace(start, params=_trained(stage, start, paths))
   model, params = compress.shapes(
     transforms.find(stage.technique),
     start.model,
@@ -170,6 +168,24 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
   )
   specs = compress.specs_of(start.model, model, start.specs)
   return Outcome(model=model, specs=specs, params=params)
+
+
+def _trained(
+  stage: config_lib.StageConfig, start: Outcome, paths: frozenset[str]
+) -> dict[str, Any]:
+  """The parameters that a training hands on, of ShapeDtypeStructs."""
+  config = stage.build_options().sparsity
+  made_sparse = {}
+  if config is not None:
+    made_sparse = sparsity.choose(config, start.params, start.specs, paths).shapes
+
+  def hand_on(params):
+    plain, kept = masks.take_out(params, paths)
+    state_lib.split(plain, paths)
+    found = {path: jnp.ones(shape, bool) for path, shape in made_sparse.items()}
+    return masks.put_back(plain, masks.join(kept, found, plain))
+
+  return jax.eval_shape(hand_on, start.params)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from effjax.core import config as config_lib
 from effjax.core import precision as precision_lib
 from effjax.core import registry
 from effjax.optim import config as optim_config
+from effjax.optim import sparsity as sparsity_lib
 from effjax.train.losses import base
 
 LOSSES = "effjax.train.losses"
@@ -21,6 +22,8 @@ class TrainConfig:
   Attributes:
     num_steps: updates; fixed here, never by the clock.
     optimizer: see OptimizerConfig.
+    sparsity: see SparsityConfig; what it made sparse is handed on masked. None trains
+      densely, or under the masks that parameters came with.
     loss: a loss of effjax.train.losses.
     loss_options: fields of the loss's options.
     teacher: name of the earlier stage whose model the loss learns from, such as the
@@ -40,6 +43,7 @@ class TrainConfig:
 
   num_steps: int
   optimizer: optim_config.OptimizerConfig = optim_config.OptimizerConfig()
+  sparsity: sparsity_lib.SparsityConfig | None = None
   loss: str = "cross_entropy"
   loss_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   teacher: str | None = None
@@ -80,6 +84,8 @@ class TrainConfig:
     # Wrong options and a schedule that does not fit are found before anything runs.
     self.make_loss()
     optim_config.learning_rate(self.optimizer, self.num_steps)
+    if self.sparsity is not None:
+      self.sparsity.check_fits(self.num_steps)
 
   def make_loss(self) -> base.LossFn:
     """The loss function these options name."""

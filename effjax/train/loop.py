@@ -23,6 +23,8 @@ from effjax.core import config as config_lib
 from effjax.core import errors, partition
 from effjax.core import select as select_lib
 from effjax.optim import config as optim_config
+from effjax.optim import sparse
+from effjax.optim import sparsity as sparsity_lib
 from effjax.train import checkpoint, masks, signals, timing, writers
 from effjax.train import config as train_config
 from effjax.train import console as console_lib
@@ -109,7 +111,13 @@ def train(
   where = select_lib.parse(where, select_lib.Where())
   paths = select_lib.select(specs, where)
   plain, kept = masks.take_out(params, paths)
-  tx, lr_fn = optim_config.build(config.optimizer, specs, config.num_steps, masks=kept)
+  tx, lr_fn = optim_config.build(
+    config.optimizer,
+    specs,
+    config.num_steps,
+    masks=kept,
+    sparsifier=_sparsifier(config, params, specs, paths, key),
+  )
   state, frozen, shardings = state_lib.place(
     model, plain, specs, paths, tx, key, mesh, preset
   )
@@ -129,6 +137,9 @@ def train(
   loop = Loop(step, state, batches, config, evaluate, workdir, stage, flops_per_token)
   state = loop.run()
   trained = partition.merge(state.params, frozen)
+  made_sparse = sparse.find(state.opt_state)
+  if made_sparse is not None:
+    kept = masks.join(kept, made_sparse.masks, trained)
   return Trained(
     params=masks.put_back(trained, kept),
     metrics=loop.metrics,
@@ -136,6 +147,23 @@ def train(
     tokens=round(loop.notes["tokens"]),
     wall_secs=loop.chrono.wall_secs,
     num_compilations=step.num_compilations(),
+  )
+
+
+def _sparsifier(
+  config: train_config.TrainConfig,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  paths: frozenset[str],
+  key: jax.Array,
+) -> sparsity_lib.Sparsifier | None:
+  if config.sparsity is None:
+    return None
+  return sparsity_lib.Sparsifier(
+    config=config.sparsity,
+    target=sparsity_lib.choose(config.sparsity, params, specs, paths),
+    num_steps=config.num_steps,
+    key=key,
   )
 
 

@@ -38,6 +38,25 @@ def take_out(
   return plain, tree_lib.unflatten(masks)
 
 
+def join(
+  masks: Mapping[str, Any] | None, found: Mapping[str, Any], like: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """Masks that parameters came with, and those that training made.
+
+  Args:
+    masks: see `take_out`.
+    found: masks by path; `{}` for none.
+    like: the parameter tree.
+
+  Returns:
+    A tree like that of `take_out`.
+  """
+  if not found:
+    return masks
+  flat = dict.fromkeys(tree_lib.flatten(like)) | tree_lib.flatten(masks or {})
+  return tree_lib.unflatten(flat | found)
+
+
 def put_back(
   params: Mapping[str, Any], masks: Mapping[str, Any] | None
 ) -> dict[str, Any]:

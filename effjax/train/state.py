@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import errors, partition
+from effjax.optim import sparse
 from effjax.parallel import rules, sharding
 
 
@@ -88,10 +89,12 @@ def place(
   has_state = "state" in jax.eval_shape(init, key_data)
 
   def first(trainable, key_data):
+    opt_state = tx.init(trainable)
+    copies = jax.tree.map(jnp.copy, trainable)
     return TrainState(
       step=jnp.int32(0),
-      params=jax.tree.map(jnp.copy, trainable),
-      opt_state=tx.init(trainable),
+      params=sparse.masked_params(copies, opt_state),
+      opt_state=opt_state,
       collections={"state": init(key_data)["state"]} if has_state else {},
       key_data=jnp.copy(key_data),
     )

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from effjax.core import errors, partition, precision
 from effjax.core import shard as shard_lib
 from effjax.optim import base as optim_base
+from effjax.optim import sparse
 from effjax.parallel import rules
 from effjax.train import state as state_lib
 from effjax.train.losses import base
@@ -33,7 +34,8 @@ class Step:
   The given state is donated: its arrays are deleted, unless the platform cannot.
   Metrics are float32 scalars on the device: `loss`, `grad_norm` (before clipping),
   `param_norm` (after the update), `lr`, `tokens` (summed weights of the targets),
-  `finite` (1 while all of these are), and those of the loss.
+  `finite` (1 while all of these are), `sparsity` (of what is made sparse while it
+  trains, if anything is), and those of the loss.
 
   Attributes:
     fn: the jitted function `fn(state, fixed, batch)`.
@@ -156,6 +158,8 @@ def make(
         "tokens": loss.weight,
         "finite": finite.astype(jnp.float32),
       }
+      if (made_sparse := sparse.find(opt_state)) is not None:
+        metrics["sparsity"] = made_sparse.sparsity
       state = state.replace(
         step=state.step + 1,
         params=params,

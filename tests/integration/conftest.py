@@ -29,7 +29,10 @@ TIMED = {
   "eval_secs",
 }
 
-_CONFIG = '''"""Trains, compresses, fine-tunes in seconds; "hybrid" adds Mamba-2."""
+_CONFIG = '''"""Trains, compresses, fine-tunes in seconds.
+
+"hybrid" adds Mamba-2, and "sparse" prunes by sparse training.
+"""
 import ml_collections
 
 
@@ -68,10 +71,15 @@ def get_config(arg=""):
     "prefill_repeats": 1,
     "xz_preset": 0,
   }
+  pruned = {"technique": "magnitude"}
+  if arg == "sparse":
+    sparsity = {"name": "rigl", "sparsity": 0.5, "options": {"every": 2}}
+    options = {"num_steps": 9, "sparsity": sparsity, **training}
+    pruned = {"technique": "train", "options": options}
   c.stages = (
     {"name": "train", "technique": "train", "options": {"num_steps": 12, **training}},
     {"name": "int8", "technique": "rtn", "options": {"activations": "int8"}},
-    {"name": "pruned", "technique": "magnitude", "after": "train"},
+    {"name": "pruned", "after": "train", **pruned},
     {"name": "tuned", "technique": "train", "options": {"num_steps": 7, **training}},
     {"name": "int4", "technique": "rtn", "options": {"bits": 4, "group": 16}},
   )

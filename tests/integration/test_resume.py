@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from effjax.core import tree
 from effjax.train import stages
+from effjax.weights.leaves import masked
 
 _STAGES = ("1-train", "2-int8", "3-pruned", "4-tuned", "5-int4")
 
@@ -110,6 +112,33 @@ def test_hybrid_killed_and_resumed(command, tmp_path):
     at = _training_at(command, "tuned", 4)
     command.signal_when(workdir, at, signal.SIGKILL)
     _check_equal(command, workdir, whole)
+  finally:
+    command.config = command.folder / "tiny.py"
+
+
+@pytest.mark.slow
+def test_sparse_training_killed_and_resumed(command, tmp_path):
+  """Killed between two changes of the masks; the masks are handed on and kept."""
+  command.config = command.folder / "tiny.py:sparse"
+  try:
+    whole = tmp_path / "whole"
+    done = command.run(whole)
+    assert done.returncode == 0, done.stderr
+    workdir = tmp_path / "run"
+    at = _training_at(command, "pruned", 5)
+    command.signal_when(workdir, at, signal.SIGKILL)
+    _check_equal(command, workdir, whole)
+    rows = command.metrics(whole)
+    logged = [r["sparsity"] for r in rows if r["stage"] == "pruned" and "loss" in r]
+    assert logged == pytest.approx([0.5] * 9)
+    sparse, tuned = (stages.load_stage(whole / "stages" / s) for s in _STAGES[2:4])
+    flat = tree.flatten(sparse.params)
+    leaves = {p: x for p, x in flat.items() if isinstance(x, masked.Masked)}
+    assert len(leaves) >= 5
+    for path, leaf in leaves.items():
+      np.testing.assert_array_equal(
+        leaf.mask(), tree.flatten(tuned.params)[path].mask()
+      )
   finally:
     command.config = command.folder / "tiny.py"
 

@@ -100,3 +100,42 @@ def test_stages_are_laid_out_on_the_mesh():
   codes = placed["run_0/layer_0/mlp/up"].codes
   assert "fsdp" in codes.spec
   assert dataclasses.asdict(plan.config)["mesh"]["preset"] == "fsdp"
+
+
+def _sparse(**section):
+  options = {"num_steps": 30, "sparsity": section}
+  return {"name": "sparse", "technique": "train", "options": options}
+
+
+def test_a_stage_that_makes_sparse_hands_on_masks():
+  section = {"name": "rigl", "sparsity": 0.9, "options": {"every": 5}}
+  stages = (_sparse(**section), {"name": "int8", "technique": "rtn"})
+  plan = plan_lib.make(_config(stages))
+  leaves = [tree.flatten(o.params)["run_0/layer_0/mlp/up"] for o in plan.outcomes]
+  assert isinstance(leaves[0], masked.Masked)
+  assert leaves[0].values.shape == plan.fresh["run_0"]["layer_0"]["mlp"]["up"].shape
+  assert isinstance(leaves[1].values, quantized.Quantized)
+  filled = plan.config.stages[0].options["sparsity"]
+  assert filled["options"]["drop_fraction"] == 0.3 and filled["budget"] == "uniform"
+  # The resolved config, as config.json holds it, is the same config.
+  again = config_lib.from_dict(core_config.to_dict(plan.config))
+  assert again == plan.config
+
+
+@pytest.mark.parametrize(
+  ("first", "section", "message"),
+  [
+    ({"technique": "magnitude"}, {}, "is already pruned and keeps its mask"),
+    ({"technique": "rtn"}, {}, "no trainable parameter|is a quantized leaf"),
+    ({"technique": "train"}, {"sparsity": 0.9999}, "nothing would be left of run_0/"),
+    ({"technique": "train"}, {"where": {"kind": "norm"}}, "of kind 'norm' sparse"),
+  ],
+)
+def test_what_cannot_be_made_sparse_shows_before_anything_runs(first, section, message):
+  values = {"name": "rigl", "sparsity": 0.9, "options": {"every": 5}} | section
+  if first["technique"] == "train":
+    first = _TRAIN
+  stages = ({"name": "first", "after": "init"} | first, _sparse(**values))
+  with pytest.raises(errors.InputError, match=message) as caught:
+    plan_lib.make(_config(stages))
+  assert str(caught.value).startswith("config.stages[1] (sparse): ")

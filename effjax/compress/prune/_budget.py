@@ -7,17 +7,15 @@
 | "erk"     | density in proportion to (I + O) / (I O), at most 1                   |
 | "owl"     | lower in layers with more outliers among their scores                 |
 
-ERK is Evci et al. 2020, arXiv:1911.11134, section 3 (from Mocanu et al. 2018,
-arXiv:1707.04780). OWL is Yin et al. 2024, arXiv:2310.05175, section 3.3, with the
-constants of its code: an outlier is a score above `OUTLIER` times the mean of its
-matrix; sparsities of layers are a linear function of their shares of outliers, spread
-over 2 x `OWL_SPREAD`, with the asked one as their mean.
+ERK is in ops.sparsity.amounts. OWL is Yin et al. 2024, arXiv:2310.05175, section 3.3,
+with the constants of its code: an outlier is a score above `OUTLIER` times the mean of
+its matrix; sparsities of layers are a linear function of their shares of outliers,
+spread over 2 x `OWL_SPREAD`, with the asked one as their mean.
 
 All budgets keep the number of weights asked for, up to the rounding of each matrix.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,37 +26,6 @@ from effjax.core import config, errors
 BUDGETS = ("uniform", "global", "erk", "owl")
 OUTLIER = 5.0
 OWL_SPREAD = 0.08
-
-
-def erk_densities(
-  shapes: Mapping[str, Sequence[int]], sparsity: float
-) -> dict[str, float]:
-  """The density of each matrix under ERK.
-
-  Args:
-    shapes: of matrices `[*stack, I, O]`; stacked ones are as many of their size.
-    sparsity: share of all weights to prune, in [0, 1).
-
-  Returns:
-    Densities in (0, 1]: matrices that would have to be denser than dense are dense, and
-    the others share what is left.
-  """
-  size = {path: math.prod(shape) for path, shape in shapes.items()}
-  raw = {
-    path: sum(shape[-2:]) / math.prod(shape[-2:]) for path, shape in shapes.items()
-  }
-  wanted = (1 - sparsity) * sum(size.values())
-  dense: set[str] = set()
-  while True:
-    free = [path for path in shapes if path not in dense]
-    left = wanted - sum(size[path] for path in dense)
-    scale = left / sum(raw[path] * size[path] for path in free) if free else 0.0
-    over = {path for path in free if scale * raw[path] > 1}
-    if not over:
-      return {path: 1.0 if path in dense else scale * raw[path] for path in shapes}
-    # The densest first: what is then left for the others may make no more of them so.
-    top = max(raw[path] for path in over)
-    dense |= {path for path in over if raw[path] == top}
 
 
 def outlier_shares(scores: jax.Array, stacked: bool) -> jax.Array:

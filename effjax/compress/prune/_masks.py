@@ -15,6 +15,7 @@ import numpy as np
 from effjax.compress.prune import _budget, _pattern
 from effjax.core import config, errors
 from effjax.core import tree as tree_lib
+from effjax.ops.sparsity import amounts, selection
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
 from effjax.weights.leaves import block_sparse, masked, n_of_m
@@ -214,7 +215,7 @@ def choose(
     return {path: _pattern.keep_n_of_m(s, pattern) for path, s in scores.items()}
   if options.budget == "global":
     total = sum(u.size for u in units.values())
-    kept = _pattern.keep_largest(list(units.values()), round(options.share * total))
+    kept = selection.keep_largest(list(units.values()), round(options.share * total))
     masks = dict(zip(units, kept, strict=True))
   else:
     shares = sparsities(scores, options, layers, stacked)
@@ -248,7 +249,7 @@ def sparsities(
   """
   if options.budget == "erk":
     shapes = {path: s.shape for path, s in scores.items()}
-    found = _budget.erk_densities(shapes, options.share)
+    found = amounts.erk_densities(shapes, options.share)
     return {path: 1 - density for path, density in found.items()}
   if options.budget == "owl":
     shares = {
@@ -268,10 +269,10 @@ def _keep(units: jax.Array, sparsity: Any, within: str) -> jax.Array:
   if within == "output":
     by_output = jnp.swapaxes(units, -1, -2)
     return jnp.swapaxes(
-      _pattern.keep_largest_of_each(by_output, lost[..., None]), -1, -2
+      selection.keep_largest_of_each(by_output, lost[..., None]), -1, -2
     )
   flat = units.reshape(*stack, each)
-  return _pattern.keep_largest_of_each(flat, lost).reshape(units.shape)
+  return selection.keep_largest_of_each(flat, lost).reshape(units.shape)
 
 
 def _lost(share: Any, count: int) -> jax.Array:

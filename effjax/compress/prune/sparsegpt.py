@@ -22,6 +22,7 @@ from effjax.compress import hessians
 from effjax.compress.prune import _pattern, _swept
 from effjax.core import config
 from effjax.ops.matmul import column_sweep
+from effjax.ops.sparsity import selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def prune_matrix(
     cost = jnp.square(block.rows / block.factor_diagonal[:, None])
     if pattern.of:
       return _pattern.keep_n_of_m(cost, pattern)
-    return _pattern.keep_largest([cost], lost)[0]
+    return selection.keep_largest([cost], lost)[0]
 
   def keep(
     mask: jax.Array, row: jax.Array, i: jax.Array

@@ -7,38 +7,8 @@ import pytest
 from effjax.compress import registry
 from effjax.compress.prune import _budget
 from effjax.core import errors
+from effjax.ops.sparsity import amounts
 from tests.compress.prune.conftest import SPECS
-
-
-def test_erk_by_hand():
-  # Raw densities (I + O) / (I O): 0.05, 0.25 and 1; 5,450 weights, 545 stay. The last
-  # two would be denser than dense at first, and then the second is not any more.
-  shapes = {"a": (40, 40), "b": (2, 8, 8), "c": (2, 2)}
-  sparsity = 0.9
-  got = _budget.erk_densities(shapes, sparsity)
-  sizes = {"a": 1600, "b": 128, "c": 4}
-  raw = {"a": 0.05, "b": 0.25, "c": 1.0}
-  left = 0.1 * sum(sizes.values()) - 4
-  scale = left / (raw["a"] * 1600 + raw["b"] * 128)
-  assert scale * raw["b"] < 1 < left / (raw["a"] * 1600 + raw["b"] * 128) * raw["c"]
-  assert got["c"] == 1.0
-  np.testing.assert_allclose([got["a"], got["b"]], [scale * 0.05, scale * 0.25])
-  kept = sum(got[name] * sizes[name] for name in sizes)
-  np.testing.assert_allclose(kept, 0.1 * sum(sizes.values()))
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.99])
-def test_erk_keeps_what_is_asked_for(rng, sparsity):
-  shapes = {str(i): tuple(map(int, rng.integers(2, 60, 2))) for i in range(12)}
-  got = _budget.erk_densities(shapes, sparsity)
-  sizes = {name: np.prod(shape) for name, shape in shapes.items()}
-  kept = sum(got[name] * sizes[name] for name in shapes)
-  np.testing.assert_allclose(kept, (1 - sparsity) * sum(sizes.values()))
-  assert all(0 < density <= 1 for density in got.values())
-  # Where both are below 1, densities are in proportion.
-  free = [name for name in shapes if got[name] < 1]
-  ratios = [got[n] * sizes[n] / sum(shapes[n]) for n in free]
-  np.testing.assert_allclose(ratios, ratios[:1] * len(ratios))
 
 
 def test_owl_gives_layers_with_outliers_more():
@@ -77,7 +47,7 @@ def test_every_budget_and_scope(params, budget, within):
       lost = 0.6
     elif budget == "erk":
       shapes = {n: params[n].shape for n in "ab"}
-      lost = 1 - _budget.erk_densities(shapes, 0.6)[name]
+      lost = 1 - amounts.erk_densities(shapes, 0.6)[name]
     else:
       lost = 1 - mask.mean()
       assert abs(lost - 0.6) < _budget.OWL_SPREAD * 2

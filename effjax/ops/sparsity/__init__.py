@@ -1,0 +1,1 @@
+"""Which weights of matrices stay: exact counts, amounts over training, topologies."""
