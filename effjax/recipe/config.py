@@ -16,8 +16,8 @@ from effjax.core import errors
 from effjax.core import select as select_lib
 from effjax.data import config as data_config
 from effjax.interop import config as import_config
+from effjax.interop import exports, sources
 from effjax.interop import opened as opened_lib
-from effjax.interop import sources
 from effjax.measure import config as measure_config
 from effjax.models import config as model_config
 from effjax.models import encoder_config
@@ -27,6 +27,9 @@ from effjax.train import config as train_config
 
 TRAIN = "train"
 IMPORT = "import"
+EXPORT = "export"
+# What changes no parameters that a selection could be of.
+_WHOLE = (IMPORT, EXPORT)
 # What `after` says to start from the freshly initialized model.
 INIT = "init"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,8 +41,9 @@ class StageConfig:
 
   Attributes:
     name: unique; also names the stage's folder.
-    technique: "train", "import" (a model from elsewhere, only as the first stage), or a
-      transform of `effjax list transforms`.
+    technique: "train", "import" (a model from elsewhere, only as the first stage),
+      "export" (writes a file or folder that others read), or a transform of `effjax
+      list transforms`.
     after: the earlier stage it starts from; None for the one before it, "init" for the
       freshly initialized model (what the first stage starts from anyway).
     where: which parameters (see core.select); None for the technique's default, which
@@ -60,7 +64,7 @@ class StageConfig:
       bool(_NAME.fullmatch(self.name)) and self.name != INIT,
       f"name={self.name!r} must be letters, digits, '.', '_' or '-', and not {INIT!r}",
     )
-    known = (TRAIN, IMPORT, *transforms.names())
+    known = (TRAIN, IMPORT, EXPORT, *transforms.names())
     if self.technique not in known:
       raise errors.unknown("technique", self.technique, known)
     # Defaults are filled in, so that config.json says what really ran.
@@ -68,8 +72,8 @@ class StageConfig:
     object.__setattr__(self, "options", resolved)
     where = self.build_where()
     config_lib.require(
-      self.technique != IMPORT or where == select_lib.Where(),
-      "an import takes the whole model: leave out where",
+      self.technique not in _WHOLE or where == select_lib.Where(),
+      f"an {self.technique} takes the whole model: leave out where",
     )
     object.__setattr__(self, "where", config_lib.to_dict(where))
 
@@ -79,12 +83,14 @@ class StageConfig:
       return config_lib.build(train_config.TrainConfig, self.options, "options")
     if self.technique == IMPORT:
       return config_lib.build(import_config.ImportOptions, self.options, "options")
+    if self.technique == EXPORT:
+      return config_lib.build(exports.ExportOptions, self.options, "options")
     return transforms.find(self.technique).options(self.options)
 
   def build_where(self) -> select_lib.Where:
     """The selection."""
     default = select_lib.Where()
-    if self.technique not in (TRAIN, IMPORT):
+    if self.technique not in (TRAIN, *_WHOLE):
       default = transforms.find(self.technique).default_where
     return select_lib.parse(self.where, default)
 

@@ -22,6 +22,7 @@ from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
 from effjax.data.tasks import base
+from effjax.interop import exports
 from effjax.models import api as models
 from effjax.models import encoder_config
 from effjax.optim import sparsity
@@ -154,6 +155,9 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
   if stage.technique == config_lib.IMPORT:
     kept = plan.config.source.abstract(stage.build_options().kept_dtype)
     return dataclasses.replace(start, params=kept)
+  if stage.technique == config_lib.EXPORT:
+    exports.check(stage.build_options(), start.model, start.params)
+    return start
   if stage.technique == config_lib.TRAIN:
     paths = select_lib.select(start.specs, where)
     return dataclasses.replace(start, params=_trained(stage, start, paths))

@@ -22,6 +22,7 @@ from effjax.measure import baselines, memory, rows
 from effjax.recipe import (
   committing,
   environment,
+  export_stage,
   files,
   folder,
   import_stage,
@@ -100,7 +101,11 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
     start = f"after {after}" if after else "from a fresh model"
   session_lib.say(f"{title}: {stage.technique} {start}")
   peak = memory.Peak()
-  kinds = {config_lib.TRAIN: train_stage, config_lib.IMPORT: import_stage}
+  kinds = {
+    config_lib.TRAIN: train_stage,
+    config_lib.IMPORT: import_stage,
+    config_lib.EXPORT: export_stage,
+  }
   made = kinds.get(stage.technique, transform_stage).run(session, index)
   about = rows.Stage(
     name=stage.name,
@@ -120,6 +125,8 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
     about,
     session.questions,
   )
+  if made.bytes_on_disk is not None:
+    row |= {"bytes_on_disk": made.bytes_on_disk}
   committing.commit(target, made, session.data.tokenizer, row)
   session_lib.say(f"{title}: {_summary(row)}")
   if (index + 1) % _STAGES_A_JIT_CACHE == 0:

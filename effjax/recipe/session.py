@@ -99,12 +99,14 @@ class Made:
     params: its parameter tree.
     specs: tree of its ParamSpecs.
     secs: wall time it took, over all starts.
+    bytes_on_disk: of what it wrote, if not those of the parameters packed.
   """
 
   model: Any
   params: dict[str, Any]
   specs: Mapping[str, Any]
   secs: float
+  bytes_on_disk: int | None = None
 
 
 def questions_of(config: Any, tokenizer: Any) -> tasks.Questions | None:

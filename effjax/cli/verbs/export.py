@@ -22,17 +22,8 @@ Examples:
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any
 
 FORMATS = ("hf", "gguf", "onnx", "stablehlo")
-# Options that only some formats have.
-_ONLY = {
-  "dtype": ("hf",),
-  "type": ("gguf", "onnx"),
-  "architecture": ("hf", "gguf"),
-  "length": ("stablehlo",),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,89 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
   """Runs the verb."""
   from effjax.core import errors
+  from effjax.interop import exports
   from effjax.recipe import api
 
   if args.format not in FORMATS:
     raise errors.unknown("format", args.format, FORMATS)
-  for option, formats in _ONLY.items():
+  for option, formats in exports.ONLY.items():
     if getattr(args, option) is not None and args.format not in formats:
       belongs = " or ".join(formats)
       raise errors.InputError(f"--{option} belongs to --format {belongs}")
+  options = exports.ExportOptions(
+    format=args.format,
+    dtype=args.dtype,
+    type=args.type,
+    architecture=args.architecture,
+    dense=args.dense,
+    length=args.length,
+  )
   if args.out.exists():
     raise errors.InputError(f"{args.out} exists already; choose another --out")
   run = api.load(args.workdir, args.stage)
-  write = {
-    "hf": _write_hf,
-    "gguf": _write_gguf,
-    "onnx": _write_onnx,
-    "stablehlo": _write_stablehlo,
-  }[args.format]
-  print(f"{args.out}: {write(args, run)}, stage {run.stage}")
-
-
-def _write_hf(args: argparse.Namespace, run: Any) -> str:
-  """Writes a folder; returns the name of the architecture."""
-  from effjax.interop.hf import folder
-
-  return folder.save(
-    args.out,
-    run.model,
-    run.params,
-    run.specs,
-    run.tokenizer,
-    dtype=args.dtype,
-    model_type=args.architecture,
-    dense=args.dense,
+  written, notes = exports.write(
+    options, args.out, run.model, run.params, run.specs, run.tokenizer
   )
-
-
-def _write_gguf(args: argparse.Namespace, run: Any) -> str:
-  """Writes a file; returns the type of its matrices."""
-  from effjax.interop.gguf import export
-
-  return _write_typed(export.save, args, run, "F16", architecture=args.architecture)
-
-
-def _write_onnx(args: argparse.Namespace, run: Any) -> str:
-  """Writes a file; returns the type of its matrices."""
-  from effjax.interop.onnx import export
-
-  return _write_typed(export.save, args, run, "fp32")
-
-
-def _write_typed(
-  save: Callable[..., list[str]],
-  args: argparse.Namespace,
-  run: Any,
-  default: str,
-  **options: Any,
-) -> str:
-  kind = args.type or default
-  notes = save(
-    args.out,
-    run.model,
-    run.params,
-    run.specs,
-    run.tokenizer,
-    type=kind,
-    dense=args.dense,
-    **options,
-  )
-  _print_notes(notes)
-  return kind
-
-
-def _write_stablehlo(args: argparse.Namespace, run: Any) -> str:
-  """Writes a folder; returns its format."""
-  from effjax.interop import stablehlo
-
-  notes = stablehlo.save(
-    args.out, run.model, run.params, run.specs, run.tokenizer, length=args.length
-  )
-  _print_notes(notes)
-  return args.format
-
-
-def _print_notes(notes: list[str]) -> None:
   for note in notes:
     print(f"note: {note}", file=sys.stderr)
+  print(f"{args.out}: {written}, stage {run.stage}")
