@@ -130,7 +130,7 @@ def train(
   state = loop.run()
   trained = partition.merge(state.params, frozen)
   return Trained(
-    params=masks.put_back(trained, kept),
+    params=masks.put_back(trained, kept, params),
     metrics=loop.metrics,
     evaluation=loop.notes["evaluation"],
     tokens=round(loop.notes["tokens"]),

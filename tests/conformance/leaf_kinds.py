@@ -11,6 +11,7 @@ from effjax.weights.formats import base as format_base
 from effjax.weights.leaves import (
   block_sparse,
   coded,
+  compressed,
   fake_quantized,
   low_rank,
   masked,
@@ -54,6 +55,14 @@ def _static(key, shape, axis, inner):
 def _masked(key, shape, axis, inner=None):
   values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
   return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
+
+
+def _compressed(key, shape, axis, *, layout="bitmap", inner=None):
+  values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
+  mask = jax.random.bernoulli(key, 0.3, shape)
+  # A mask that is traced cannot be counted: its lists are long enough for all.
+  count = shape[-2] * shape[-1]
+  return compressed.Compressed.create(values, mask, layout=layout, count=count)
 
 
 def _block_sparse(key, shape, axis):
@@ -229,6 +238,10 @@ KINDS = {
   "masked": _masked,
   "n_of_m": _n_of_m,
   "block_sparse": _block_sparse,
+  "compressed": _compressed,
+  "compressed_csr": functools.partial(_compressed, layout="csr"),
+  "compressed_int4": functools.partial(_compressed, inner=_int4),
+  "compressed_nf4_csr": functools.partial(_compressed, layout="csr", inner=_coded),
   "n_of_m_int8": functools.partial(_n_of_m, keep=4, of=8, inner=_quantized),
   "masked_int4": functools.partial(_masked, inner=_int4),
   "fake_int4": functools.partial(_fake, bits=4, groups=4),
@@ -251,6 +264,7 @@ VARIATIONS = (
   "fp8_static",
   "low_rank_int8",
   "masked_int4",
+  "compressed_nf4_csr",
   "n_of_m_int8",
   "fake_int4",
   "fake_nf4",

@@ -17,12 +17,17 @@ from effjax.core import config, errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import block_sparse, masked, n_of_m
+from effjax.weights.leaves import block_sparse, compressed, masked, n_of_m
 
 KINDS = ("matrix", "embedding")
 WITHIN = ("matrix", "output")
 DEFAULT_SPARSITY = 0.5
-_PRUNED = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
+_PRUNED = (
+  masked.Masked,
+  n_of_m.NOfM,
+  block_sparse.BlockSparse,
+  compressed.Compressed,
+)
 # `score(path, w)`: of a matrix [*stack, I, O], or of an embedding turned so.
 Score = Callable[[str, jax.Array], jax.Array]
 
@@ -42,7 +47,7 @@ class PruneOptions:
       budget than "global".
     packed: whether only what stays is held, and its places: of an "N:M" pattern (leaf
       n_of_m), or of blocks with within="output" (leaf block_sparse); else the whole
-      weight is, under a mask.
+      weight is, under a mask, until the transform `pack` takes it away.
   """
 
   sparsity: float | None = None

@@ -12,7 +12,7 @@ from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights.formats import base
-from effjax.weights.leaves import low_rank, masked, n_of_m, rotated
+from effjax.weights.leaves import compressed, low_rank, masked, n_of_m, rotated
 
 _KINDS = ("matrix", "embedding")
 # `one(path, w)`: the leaf of a matrix [*stack, in, out], or of an embedding turned so.
@@ -92,15 +92,25 @@ def replace(
         for part in ("left", "right")
       )
       return low_rank.LowRank.create(left, right)
-    if leaf_lib.is_leaf_kind(leaf):
-      raise errors.InputError(
-        f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"
-      )
+    _require_array(path, leaf)
     return leaf_of(path, leaf, spec)
 
   made = tree_lib.map_leaves(change, params, specs)
   _require_finite(finite)
   return made
+
+
+def _require_array(path: str, leaf: Any) -> None:
+  """Raises InputError for a leaf of which nothing inside can be quantized."""
+  if isinstance(leaf, compressed.Compressed):
+    raise errors.InputError(
+      f"{path} is packed, a list of weights without inputs or outputs; quantize it "
+      "before pack"
+    )
+  if leaf_lib.is_leaf_kind(leaf):
+    raise errors.InputError(
+      f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"
+    )
 
 
 def _require_finite(finite: Mapping[str, jax.Array]) -> None:
