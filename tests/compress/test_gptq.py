@@ -17,7 +17,7 @@ from effjax.core import errors, specs
 from effjax.core import registry as registry_lib
 from effjax.weights.formats import base
 from effjax.weights.leaves import low_rank, masked, quantized
-from tests.compress.hessian_problems import problem, stats_of
+from tests.compress.hessian_problems import Grid, problem, stats_of
 
 MATRIX = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix")
 EMBEDDING = specs.ParamSpec(axes=("vocab", "embed"), kind="embedding")
@@ -34,29 +34,6 @@ def _gptq(w, hessian, spec=MATRIX, **options):
 def _objective(w, leaf, h):
   error = np.asarray(leaf.dense(), np.float64) - np.asarray(w, np.float64)
   return np.sum(error * (h @ error))
-
-
-class Grid:
-  """A uniform grid for each of O rows of weights `[O, g]`."""
-
-  def __init__(self, w, bits, symmetric):
-    if symmetric:
-      top = 2 ** (bits - 1) - 1
-      self.low, self.high, span = -top, top, np.abs(w).max(axis=1) / top
-    else:
-      self.low, self.high = 0, 2**bits - 1
-      least, most = np.minimum(w.min(axis=1), 0), np.maximum(w.max(axis=1), 0)
-      span = (most - least) / self.high
-    self.scale = span.astype(np.float32)
-    wide = self.scale.astype(np.float64)
-    self.zero = 0 if symmetric else np.rint(-least / wide)
-
-  def codes(self, column):
-    places = column / self.scale.astype(np.float64) + self.zero
-    return np.clip(np.rint(places), self.low, self.high)
-
-  def values(self, codes):
-    return ((codes - self.zero).astype(np.float32) * self.scale).astype(np.float64)
 
 
 def _paper(w_io, h, *, bits=4, group=0, symmetric=True, static=False, act_order=False):
