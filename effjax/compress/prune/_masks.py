@@ -171,9 +171,15 @@ def leaf_of(
     share: of its weights that the budget prunes.
 
   Raises:
-    InputError: a leaf is to be packed.
+    InputError: a leaf is to be packed, or rounds its activations.
   """
   in_dim, out_dim = mask.shape[-2:]
+  activations = getattr(values, "activations", "none")
+  if activations != "none":
+    raise errors.InputError(
+      f"{path} is multiplied with {activations} activations, and under a mask would be "
+      "with floats; quantize it with activations='none'"
+    )
   mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
   if not options.packed:
     return masked.Masked.create(values, mask)

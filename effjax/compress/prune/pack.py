@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.core import errors, select, technique
+from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import places
 from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import compressed, masked
+from effjax.weights.leaves import compressed, fake_quantized, masked
 
 SMALLEST = "smallest"
 
@@ -64,14 +64,23 @@ def pack(
   layout = None if options.layout == SMALLEST else options.layout
   for path in chosen:
     values = flat[path].values
-    if leaf_lib.is_leaf_kind(values) and not isinstance(values, compressed.CODED):
-      raise errors.InputError(
-        f"{path} is a mask over a {values.kind} leaf, whose weights are not held one "
-        "by one; pack takes masks over arrays and over codes (quantized, coded)"
-      )
+    _require_single(path, values)
     count = _most(flat[path])
     flat[path] = _packed(flat[path], layout=layout, count=count)
   return tree_lib.unflatten(flat)
+
+
+def _require_single(path: str, values: Any) -> None:
+  """Raises InputError for values of which single ones are not held."""
+  config.require(
+    not isinstance(values, fake_quantized.FakeQuantized),
+    f"{path} is a mask over a fake_quantized leaf; harden it first",
+  )
+  config.require(
+    not leaf_lib.is_leaf_kind(values) or isinstance(values, compressed.CODED),
+    f"{path} is a mask over a {getattr(values, 'kind', '')} leaf, whose weights are "
+    "not held one by one; pack takes masks over arrays and codes (quantized, coded)",
+  )
 
 
 def _most(leaf: masked.Masked) -> int:

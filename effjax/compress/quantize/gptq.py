@@ -27,7 +27,7 @@ from effjax.compress.quantize import _matrices, rtn
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import column_sweep
-from effjax.weights.leaves import masked, n_of_m, rotated
+from effjax.weights.leaves import block_sparse, masked, n_of_m, rotated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def quantize(
         "calibration knows the inputs of a matrix, not of the factors of a low-rank "
         "one; quantize it with rtn"
       )
-    if isinstance(old, n_of_m.NOfM):
+    if isinstance(old, n_of_m.NOfM | block_sparse.BlockSparse):
       raise errors.InputError(
         "gptq goes through all inputs of a matrix, of which this one holds a part; "
         "prune it with packed=False, or quantize it with rtn"
