@@ -7,6 +7,7 @@ import pytest
 
 from effjax.compress import registry
 from effjax.core import errors, specs
+from effjax.interop import assemble
 from effjax.measure import leaves as measure_leaves
 from effjax.weights import verbs
 from effjax.weights.leaves import compressed, masked
@@ -94,3 +95,14 @@ def test_other_leaves_stay(params):
   made = registry.find("pack")(mixed, SPECS, where={"path": "a|b"})
   assert isinstance(made["a"], compressed.Compressed)
   assert made["b"] is params["b"] and isinstance(made["c"], masked.Masked)
+
+
+def test_plain_formats_take_the_zeros_as_values(params):
+  pruned = _then(params, SPECS, ("magnitude", {}))
+  packed = _then(pruned, SPECS, ("pack", {}))
+  plain = assemble.require_plain(packed, "a file")
+  for name, w in plain.items():
+    np.testing.assert_array_equal(w, pruned[name].dense())
+  coded = _then(params, SPECS, ("magnitude", {}), ("rtn", {}), ("pack", {}))
+  with pytest.raises(errors.InputError, match="a is compressed, which a file cannot"):
+    assemble.require_plain(coded, "a file")
