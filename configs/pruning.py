@@ -39,6 +39,7 @@ import ml_collections
 
 from effjax.core import errors
 
+ARGUMENTS = ("order", "smoke")
 SEEDS = (0, 1, 2)
 AMOUNTS = {
   "30": {"sparsity": 0.3},
@@ -91,10 +92,37 @@ def _rows(amount, options, seeds):
       )
 
 
+def _all_rows(amounts, smoke):
+  for amount, options in amounts.items():
+    yield from _rows(amount, options, SEEDS[:1] if smoke else SEEDS)
+
+
+def _orders(seeds):
+  """Half of the weights gone and the rest in int4: before, after, and at once."""
+  half, int4 = AMOUNTS["50"], {"bits": 4, "group": 32}
+  even = half | {"budget": "uniform"}
+  yield _stage("rtn", "rtn", int4)
+  yield _stage("rtn-wanda", "wanda", even) | {"after": "rtn"}
+  for seed in seeds:
+    more = {"calibration": {"seed": seed}}
+    for pruner in ("wanda", "sparsegpt"):
+      pruned = f"{pruner}-{seed}"
+      yield _stage(pruned, pruner, even, **more)
+      yield _stage(f"{pruner}-rtn-{seed}", "rtn", int4) | {"after": pruned}
+      yield _stage(f"{pruner}-gptq-{seed}", "gptq", int4, **more) | {"after": pruned}
+    yield _stage(f"gptq-{seed}", "gptq", int4, **more)
+    yield _stage(f"gptq-wanda-{seed}", "wanda", even, **more) | {
+      "after": f"gptq-{seed}"
+    }
+    joint = even | {"quantize": int4}
+    yield _stage(f"joint-{seed}", "sparsegpt", joint, **more)
+    yield _stage(f"joint-pack-{seed}", "pack", {}) | {"after": f"joint-{seed}"}
+
+
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  """The recipe; "smoke" only shows that it works."""
-  if arg not in ("", "smoke"):
-    raise errors.unknown("argument of configs/pruning.py:", arg, ("smoke",))
+  """The recipe; "order" prunes and quantizes, "smoke" only shows that it works."""
+  if arg not in ("", *ARGUMENTS):
+    raise errors.unknown("argument of configs/pruning.py:", arg, ARGUMENTS)
   smoke = arg == "smoke"
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -135,10 +163,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "log_every": 20,
       },
     },
-    *(
-      row
-      for amount, options in amounts.items()
-      for row in _rows(amount, options, SEEDS[:1] if smoke else SEEDS)
-    ),
+    *(_orders(SEEDS) if arg == "order" else _all_rows(amounts, smoke)),
   )
   return config

@@ -22,6 +22,8 @@ class Transform:
     equivalent: whether the outcome computes the same function.
     after: a transform that makes what this one works on, where a plain model has
       nothing for it; None where a plain model is enough.
+    depends_on_values: whether only a run tells the shapes; of shapes `fn` then gives
+      the largest.
   """
 
   fn: Callable[..., dict[str, Any]]
@@ -30,6 +32,7 @@ class Transform:
   collect: tuple[str, ...] = ()
   equivalent: bool = False
   after: str | None = None
+  depends_on_values: bool = False
 
   def collected(self, options: Any) -> tuple[str, ...]:
     """The calibration statistics that `stats` must hold; empty if it needs none.

@@ -259,7 +259,7 @@ def require_plain(
   """The tree with plain arrays only, for a format that holds nothing else.
 
   Args:
-    params: leaves of any kind. Of a masked one the zeros are the values: it is plain.
+    params: leaves of any kind. Of a pruned array the zeros are values: it is plain.
     what: of the format, for messages.
     dense: whether to multiply out what is quantized or factorized.
 
@@ -270,9 +270,9 @@ def require_plain(
   kinds: dict[str, str] = {}
   for path, leaf in flat.items():
     if leaf_lib.is_leaf_kind(leaf):
-      if leaf.kind != "masked" or leaf_lib.is_leaf_kind(leaf.values):
+      if not leaf.is_array:
         kinds.setdefault(leaf.kind, path)
-      flat[path] = leaf.dense() if dense or leaf.kind == "masked" else leaf
+      flat[path] = leaf.dense() if dense or leaf.is_array else leaf
   if kinds and not dense:
     kind, path = next(iter(kinds.items()))
     raise errors.InputError(

@@ -12,10 +12,15 @@ from effjax.core import compiling
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import block_sparse, masked, n_of_m
+from effjax.weights.leaves import block_sparse, compressed, masked, n_of_m
 
 # Leaf kinds with a mask of what stays.
-_SPARSE = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
+_SPARSE = (
+  masked.Masked,
+  n_of_m.NOfM,
+  block_sparse.BlockSparse,
+  compressed.Compressed,
+)
 
 
 def nested(leaf: Any) -> Iterator[leaf_lib.Leaf]:

@@ -104,15 +104,13 @@ def _leaf_shardings(
     return None
   if not dataclasses.is_dataclass(leaf):
     return _array_sharding(mesh, table, spec.all_axes, leaf.shape, spec)
-  logical = _array_spec(mesh, table, spec.all_axes, leaf.shape, spec)
-  return _inner_shardings(mesh, path, leaf, spec, logical)
+  logical = tuple(_array_spec(mesh, table, spec.all_axes, leaf.shape, spec))
+  rest = (None,) * (len(leaf.shape) - len(logical))
+  return _inner_shardings(mesh, path, leaf, logical + rest)
 
 
-def _inner_shardings(
-  mesh: Mesh, path: str, leaf: Any, spec: ParamSpec, logical: PartitionSpec
-) -> Any:
+def _inner_shardings(mesh: Mesh, path: str, leaf: Any, by_dim: tuple[Any, ...]) -> Any:
   """Inner arrays inherit the mesh axes of the dimensions they tile."""
-  by_dim = tuple(logical) + (None,) * (len(leaf.shape) - len(logical))
   # inner_axes permutes and drops whatever it is given, so it can carry mesh axes.
   tokens = tuple(range(len(by_dim)))
   shardings = {}
@@ -121,10 +119,9 @@ def _inner_shardings(
     if inner is None:
       shardings[name] = None
       continue
-    entries = tuple(None if d is None else by_dim[d] for d in dims)
-    inner_spec = PartitionSpec(*entries)
+    entries = tuple(_entry(by_dim, d) for d in dims)
     if dataclasses.is_dataclass(inner):
-      shardings[name] = _inner_shardings(mesh, path, inner, spec, inner_spec)
+      shardings[name] = _inner_shardings(mesh, path, inner, entries)
       continue
     fitted = [
       _fit(mesh, f"{path}.{name}", entry, size, inner, d)
@@ -134,6 +131,14 @@ def _inner_shardings(
       fitted.pop()
     shardings[name] = NamedSharding(mesh, PartitionSpec(*fitted))
   return dataclasses.replace(leaf, **shardings)
+
+
+def _entry(by_dim: tuple[Any, ...], dim: Any) -> Any:
+  """The mesh axes of one logical dimension, or of several that are one in an array."""
+  if not isinstance(dim, tuple):
+    return None if dim is None else by_dim[dim]
+  named = [() if by_dim[d] is None else by_dim[d] for d in dim]
+  return sum(((n,) if isinstance(n, str) else n for n in named), ()) or None
 
 
 def _fit(mesh: Mesh, name: str, entry: Any, size: int, inner: Any, dim: int) -> Any:
@@ -148,7 +153,7 @@ def _fit(mesh: Mesh, name: str, entry: Any, size: int, inner: Any, dim: int) -> 
     return None
   raise errors.InputError(
     f"{name}: its axis {dim} has {size} groups or packed rows, which {ways} devices do "
-    f"not divide; choose a group size that gives a multiple of {ways}"
+    f"not divide; choose a group size that gives a multiple of {ways}, or fewer devices"
   )
 
 

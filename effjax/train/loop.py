@@ -141,7 +141,7 @@ def train(
   if made_sparse is not None:
     kept = masks.join(kept, made_sparse.masks, trained)
   return Trained(
-    params=masks.put_back(trained, kept),
+    params=masks.put_back(trained, kept, params),
     metrics=loop.metrics,
     evaluation=loop.notes["evaluation"],
     tokens=round(loop.notes["tokens"]),

@@ -1,15 +1,14 @@
 """Pruned weights while they train: plain arrays with exact zeros, masks beside them.
 
 The masks move into the optimizer state (optim.masking), which keeps pruned entries at
-zero; a finished stage hands on masked leaves again.
+zero; a finished stage hands on masked or compressed leaves again, as they came.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from effjax.core import tree as tree_lib
-from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import masked
+from effjax.weights.leaves import compressed, masked
 
 
 def take_out(
@@ -58,17 +57,28 @@ def join(
 
 
 def put_back(
-  params: Mapping[str, Any], masks: Mapping[str, Any] | None
+  params: Mapping[str, Any],
+  masks: Mapping[str, Any] | None,
+  before: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The inverse of `take_out`, for parameters whose masked entries stayed zero."""
+  """The inverse of `take_out`, for parameters whose masked entries stayed zero.
+
+  Args:
+    params, masks: what `take_out` gave, trained.
+    before: what it was given, for the leaf kinds.
+  """
   if masks is None:
     return dict(params)
 
-  def wrap(path: str, leaf: Any, mask: Any) -> Any:
-    return leaf if mask is None else masked.Masked.create(leaf, mask)
+  def wrap(path: str, leaf: Any, mask: Any, old: Any) -> Any:
+    if mask is None:
+      return leaf
+    if isinstance(old, compressed.Compressed):
+      return old.refill(leaf)
+    return masked.Masked.create(leaf, mask)
 
-  return tree_lib.map_leaves(wrap, params, masks)
+  return tree_lib.map_leaves(wrap, params, masks, before)
 
 
 def _is_open(leaf: Any) -> bool:
-  return isinstance(leaf, masked.Masked) and not leaf_lib.is_leaf_kind(leaf.values)
+  return isinstance(leaf, masked.Masked | compressed.Compressed) and leaf.is_array

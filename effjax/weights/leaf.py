@@ -47,6 +47,11 @@ class Leaf:
     """Logical dtype, that of `dense()`."""
     raise TypeError(f"{type(self).__name__} does not define its dtype")
 
+  @property
+  def is_array(self) -> bool:
+    """Whether `dense()` says all there is: a format of plain arrays loses nothing."""
+    return False
+
   def dense(self) -> jax.Array:
     """The weight this leaf stands for, as a plain array of `shape` and `dtype`."""
     raise TypeError(f"{type(self).__name__} does not define dense()")
@@ -54,7 +59,8 @@ class Leaf:
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """Logical axes of each data field, from those of every logical dimension.
 
-    A field that holds a leaf or an array gets a tuple of axes; None replicates.
+    A field that holds a leaf or an array gets a tuple of axes; None replicates, and a
+    tuple of axes stands for dimensions that are one in the array.
     """
     raise TypeError(f"{type(self).__name__} does not define inner_axes()")
 

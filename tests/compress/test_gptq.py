@@ -17,7 +17,7 @@ from effjax.core import errors, specs
 from effjax.core import registry as registry_lib
 from effjax.weights.formats import base
 from effjax.weights.leaves import low_rank, masked, quantized
-from tests.compress.hessian_problems import problem, stats_of
+from tests.compress.hessian_problems import Grid, problem, stats_of
 
 MATRIX = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix")
 EMBEDDING = specs.ParamSpec(axes=("vocab", "embed"), kind="embedding")
@@ -36,37 +36,28 @@ def _objective(w, leaf, h):
   return np.sum(error * (h @ error))
 
 
-class Grid:
-  """A uniform grid for each of O rows of weights `[O, g]`."""
+def _paper(
+  w_io,
+  h,
+  *,
+  bits=4,
+  group=0,
+  symmetric=True,
+  static=False,
+  act_order=False,
+  mask_io=None,
+):
+  """Algorithm 1, with blocks of 32 columns; codes `[O, I]`.
 
-  def __init__(self, w, bits, symmetric):
-    if symmetric:
-      top = 2 ** (bits - 1) - 1
-      self.low, self.high, span = -top, top, np.abs(w).max(axis=1) / top
-    else:
-      self.low, self.high = 0, 2**bits - 1
-      least, most = np.minimum(w.min(axis=1), 0), np.maximum(w.max(axis=1), 0)
-      span = (most - least) / self.high
-    self.scale = span.astype(np.float32)
-    wide = self.scale.astype(np.float64)
-    self.zero = 0 if symmetric else np.rint(-least / wide)
-
-  def codes(self, column):
-    places = column / self.scale.astype(np.float64) + self.zero
-    return np.clip(np.rint(places), self.low, self.high)
-
-  def values(self, codes):
-    return ((codes - self.zero).astype(np.float32) * self.scale).astype(np.float64)
-
-
-def _paper(w_io, h, *, bits=4, group=0, symmetric=True, static=False, act_order=False):
-  """Algorithm 1, with blocks of 32 columns; codes `[O, I]`."""
-  w, (in_dim, out_dim) = w_io.T.copy(), w_io.shape
+  What a mask drops is zero, whatever is added to it, and the rest makes up for that.
+  """
+  mask = np.ones(w_io.T.shape, bool) if mask_io is None else mask_io.T
+  w, (in_dim, out_dim) = np.where(mask, w_io.T, 0), w_io.shape
   group = group or in_dim
   starts = range(0, in_dim, group)
   grids = {k: Grid(w[:, k : k + group], bits, symmetric) for k in starts}
   order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(in_dim)
-  w, h = w[:, order], h[np.ix_(order, order)]
+  w, h, mask = w[:, order], h[np.ix_(order, order)], mask[:, order]
   h = h + DAMPING * np.mean(np.diag(h)) * np.eye(in_dim)
   inverse = np.linalg.cholesky(np.linalg.inv(h)).T
   codes, size = np.zeros((out_dim, in_dim)), 32
@@ -74,10 +65,13 @@ def _paper(w_io, h, *, bits=4, group=0, symmetric=True, static=False, act_order=
     errors_OB = np.zeros((out_dim, size))
     for j in range(i, i + size):
       if not (static or act_order) and j % group == 0:
-        grids[j] = Grid(w[:, j : j + group], bits, symmetric)  # within the block
+        # Within the block, of what stays.
+        kept = np.where(mask[:, j : j + group], w[:, j : j + group], 0)
+        grids[j] = Grid(kept, bits, symmetric)
       grid = grids[order[j] // group * group]
-      codes[:, order[j]] = grid.codes(w[:, j])
-      error = (w[:, j] - grid.values(codes[:, order[j]])) / inverse[j, j]
+      codes[:, order[j]] = grid.codes(np.where(mask[:, j], w[:, j], 0))
+      rounded = np.where(mask[:, j], grid.values(codes[:, order[j]]), 0)
+      error = (w[:, j] - rounded) / inverse[j, j]
       errors_OB[:, j - i] = error
       w[:, j : i + size] -= np.outer(error, inverse[j, j : i + size])
     w[:, i + size :] -= errors_OB @ inverse[i : i + size, i + size :]
@@ -108,6 +102,20 @@ def test_equals_the_paper(case):
   leaf = _gptq(jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32), **options)
   assert np.mean(np.asarray(leaf.unpacked()) == expected) >= 0.995
   np.testing.assert_allclose(_objective(w, leaf, h), objective, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["a channel", "asymmetric", "by activation"])
+def test_of_a_masked_weight_equals_the_paper(case):
+  options = CASES[case]
+  w, h = problem(2)
+  mask = np.random.default_rng(3).random(w.shape) < 0.5
+  expected = _paper(w, h, mask_io=mask, **options).T
+  with jax.enable_x64(True):
+    held = masked.Masked.create(jnp.asarray(w), jnp.asarray(mask))
+    leaf = _gptq(held, jnp.asarray(h), **options)
+    np.testing.assert_array_equal(leaf.values.unpacked(), expected)
+    np.testing.assert_array_equal(leaf.mask(), mask)
+    assert np.all(np.asarray(leaf.dense())[~mask] == 0)
 
 
 FORMATS = [

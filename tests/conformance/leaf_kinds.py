@@ -11,6 +11,7 @@ from effjax.weights.formats import base as format_base
 from effjax.weights.leaves import (
   block_sparse,
   coded,
+  compressed,
   fake_quantized,
   low_rank,
   masked,
@@ -56,7 +57,15 @@ def _masked(key, shape, axis, inner=None):
   return masked.Masked.create(values, jax.random.bernoulli(key, 0.5, shape))
 
 
-def _block_sparse(key, shape, axis):
+def _compressed(key, shape, axis, *, layout="bitmap", inner=None):
+  values = inner(key, shape, axis) if inner else jax.random.normal(key, shape)
+  mask = jax.random.bernoulli(key, 0.3, shape)
+  # A mask that is traced cannot be counted: its lists are long enough for all.
+  count = shape[-2] * shape[-1]
+  return compressed.Compressed.create(values, mask, layout=layout, count=count)
+
+
+def _block_sparse(key, shape, axis, inner=None):
   """Blocks of a quarter of the inputs, two in each of eight columns."""
   in_dim, out_dim = (shape[-2], shape[-1])[:: 1 if axis == -2 else -1]
   block = (in_dim // 4, out_dim // 8)
@@ -65,7 +74,10 @@ def _block_sparse(key, shape, axis):
   mask = jnp.repeat(jnp.repeat(kept, block[0], axis=-2), block[1], axis=-1)
   mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
   w = jax.random.normal(key, shape)
-  return block_sparse.BlockSparse.create(w, mask, block, 2, axis=axis)
+  leaf = block_sparse.BlockSparse.create(w, mask, block, 2, axis=axis)
+  if inner is None:
+    return leaf
+  return dataclasses.replace(leaf, values=inner(key, leaf.values.shape, -2))
 
 
 def _n_of_m(key, shape, axis, *, keep=2, of=4, inner=None):
@@ -229,6 +241,11 @@ KINDS = {
   "masked": _masked,
   "n_of_m": _n_of_m,
   "block_sparse": _block_sparse,
+  "block_sparse_int8": functools.partial(_block_sparse, inner=_quantized),
+  "compressed": _compressed,
+  "compressed_csr": functools.partial(_compressed, layout="csr"),
+  "compressed_int4": functools.partial(_compressed, inner=_int4),
+  "compressed_nf4_csr": functools.partial(_compressed, layout="csr", inner=_coded),
   "n_of_m_int8": functools.partial(_n_of_m, keep=4, of=8, inner=_quantized),
   "masked_int4": functools.partial(_masked, inner=_int4),
   "fake_int4": functools.partial(_fake, bits=4, groups=4),
@@ -251,6 +268,8 @@ VARIATIONS = (
   "fp8_static",
   "low_rank_int8",
   "masked_int4",
+  "block_sparse_int8",
+  "compressed_nf4_csr",
   "n_of_m_int8",
   "fake_int4",
   "fake_nf4",

@@ -1,9 +1,9 @@
 """Pruned weights and pruned layers: time and bytes beside the dense ones.
 
 One matrix, pruned by magnitude to what each row says, and held in each way that there
-is: dense, masked (which saves nothing), N of M packed, and blocks. Whole rows and
-columns are only masked, too. Then whole layers without some of their groups, which are
-smaller layers, and what of the saved FLOPs is saved time.
+is: dense, masked (which saves nothing), what stays and its places as a bitmap or as
+compressed rows, N of M packed, and blocks. Then whole layers without some of their
+groups, which are smaller layers, and what of the saved FLOPs is saved time.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from effjax.core import specs
 from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.ops import flops
+from effjax.ops.matmul import places
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
 
@@ -44,7 +45,7 @@ def _matrix(quick: bool) -> timing.Table:
   rng = np.random.default_rng(0)
   w = jnp.asarray(rng.normal(size=(size, size)), jnp.float32)
   held = {"dense": w} | {
-    name: _pruned(w, options) for name, options in _ways(block).items()
+    name: _pruned(w, name, options) for name, options in _ways(block).items()
   }
   # Each holds its weight as an argument: as a constant it would be folded.
   product = jax.jit(lambda x, w: verbs.contract(x, w))
@@ -168,6 +169,9 @@ def _ways(block: int) -> dict[str, dict[str, Any]]:
   return {
     "masked 50 %": {"sparsity": 0.5},
     "masked 90 %": {"sparsity": 0.9},
+    "bitmap 50 %": {"sparsity": 0.5},
+    "bitmap 90 %": {"sparsity": 0.9},
+    "csr 97 %": {"sparsity": 0.97},
     "2:4": {"pattern": "2:4", "packed": True},
     "1:4": {"pattern": "1:4", "packed": True},
     f"blocks of {blocks} 50 %": {"pattern": blocks, "sparsity": 0.5, **_BLOCKS},
@@ -176,8 +180,13 @@ def _ways(block: int) -> dict[str, dict[str, Any]]:
   }
 
 
-def _pruned(w: jax.Array, options: dict[str, Any]) -> Any:
-  return registry.find("magnitude")({"w": w}, {"w": _SPEC}, options=options)["w"]
+def _pruned(w: jax.Array, name: str, options: dict[str, Any]) -> Any:
+  about = {"w": _SPEC}
+  made = registry.find("magnitude")({"w": w}, about, options=options)
+  layout = name.split()[0]
+  if layout in places.LAYOUTS:
+    made = registry.find("pack")(made, about, options={"layout": layout})
+  return made["w"]
 
 
 def _held_bytes(leaf: Any) -> int:

@@ -18,12 +18,17 @@ from effjax.core import tree as tree_lib
 from effjax.ops.sparsity import amounts, selection
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import block_sparse, masked, n_of_m
+from effjax.weights.leaves import block_sparse, compressed, masked, n_of_m
 
 KINDS = ("matrix", "embedding")
 WITHIN = ("matrix", "output")
 DEFAULT_SPARSITY = 0.5
-_PRUNED = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
+_PRUNED = (
+  masked.Masked,
+  n_of_m.NOfM,
+  block_sparse.BlockSparse,
+  compressed.Compressed,
+)
 # `score(path, w)`: of a matrix [*stack, I, O], or of an embedding turned so.
 Score = Callable[[str, jax.Array], jax.Array]
 
@@ -43,7 +48,7 @@ class PruneOptions:
       budget than "global".
     packed: whether only what stays is held, and its places: of an "N:M" pattern (leaf
       n_of_m), or of blocks with within="output" (leaf block_sparse); else the whole
-      weight is, under a mask.
+      weight is, under a mask, until the transform `pack` takes it away.
   """
 
   sparsity: float | None = None
@@ -167,9 +172,15 @@ def leaf_of(
     share: of its weights that the budget prunes.
 
   Raises:
-    InputError: a leaf is to be packed.
+    InputError: a leaf is to be packed, or rounds its activations.
   """
   in_dim, out_dim = mask.shape[-2:]
+  activations = getattr(values, "activations", "none")
+  if activations != "none":
+    raise errors.InputError(
+      f"{path} is multiplied with {activations} activations, and under a mask would be "
+      "with floats; quantize it with activations='none'"
+    )
   mask = jnp.swapaxes(mask, -1, -2) if axis == -1 else mask
   if not options.packed:
     return masked.Masked.create(values, mask)

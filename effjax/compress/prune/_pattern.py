@@ -2,11 +2,11 @@
 
 | pattern        | what is kept or pruned as one                | saves                |
 |----------------|----------------------------------------------|----------------------|
-| "unstructured" | each weight                                  | nothing (masked)     |
+| "unstructured" | each weight                                  | bytes, after `pack`  |
 | "N:M"          | N of any M inputs in a row stay, per output  | bytes, if packed     |
 | "BxC"          | a block of B inputs and C outputs            | bytes, time, packed  |
-| "rows"         | all weights of an input                      | nothing (masked)     |
-| "columns"      | all weights of an output                     | nothing (masked)     |
+| "rows"         | all weights of an input                      | bytes, after `pack`  |
+| "columns"      | all weights of an output                     | bytes, after `pack`  |
 
 N counts what is *kept*, as in qwix and jaxpruner (in the code of Wanda and SparseGPT it
 counts what is pruned; 2:4 and 4:8 are the same in both). The score of a unit is the

@@ -13,9 +13,12 @@ from effjax.compress.prune import _masks
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
+from effjax.weights.formats import base
+from effjax.weights.leaves import n_of_m
 
-# `one(w, hessian, used, sparsity)`: values, mask and report of one matrix [I, O].
-One = Callable[..., tuple[jax.Array, jax.Array, hessians.Report]]
+# `one(w, hessian, used, sparsity)`: values, mask and report of one matrix [I, O]; of
+# options with a number format codes and their grid instead of values.
+One = Callable[..., tuple[Any, jax.Array, hessians.Report]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,14 @@ class SweptOptions(_masks.PruneOptions):
       "budget='global' compares scores before anything is pruned, while these change "
       "with every weight that is; use uniform, erk or owl",
     )
+
+  def check_inputs(self, in_dim: int) -> None:
+    """Raises InputError for a matrix of so many inputs that cannot be pruned."""
+
+  @property
+  def number_format(self) -> base.Format | None:
+    """What stays is held in it; None for plain values."""
+    return None
 
 
 def transform(name: str, one: One, options_cls: type) -> technique.Transform:
@@ -116,6 +127,7 @@ def prune(
     try:
       usable[path] = hessians.usable(name, found.get(path), weights[path])
       options.build_pattern().unit(*weights[path].shape[-2:])
+      options.check_inputs(weights[path].shape[-2])
     except errors.InputError as error:
       raise errors.InputError(f"{path}: {error}") from None
   sparsities = _sparsities(weights, usable, about, options)
@@ -136,13 +148,37 @@ def prune(
     values, masks[path], reports[path] = hessians.map_stack(
       lambda parts: one(*parts), parts, stack
     )
-    values = values.astype(w.dtype)
     axis = -1 if turned[path] else -2
-    values = jnp.swapaxes(values, -1, -2) if turned[path] else values
-    flat[path] = _masks.leaf_of(path, values, masks[path], axis, options, options.share)
+    flat[path] = _leaf(path, values, masks[path], axis, w.dtype, options)
   _masks.require_left(masks)
   hessians.check_and_tell(name, reports, options.damping, "pruned by magnitude")
   return tree_lib.unflatten(flat)
+
+
+def _leaf(
+  path: str,
+  kept: Any,
+  mask: jax.Array,
+  axis: int,
+  dtype: jnp.dtype,
+  options: SweptOptions,
+) -> Any:
+  """The leaf of values `[*stack, I, O]`, or of codes and their grid."""
+  fmt = options.number_format
+  turn = lambda a: jnp.swapaxes(a, -1, -2) if axis == -1 else a
+  if fmt is None:
+    values = turn(kept.astype(dtype))
+    return _masks.leaf_of(path, values, mask, axis, options, options.share)
+  codes, grid = kept
+  if not options.packed:
+    values = fmt.leaf(codes, grid, axis=axis, dtype=dtype)
+    return _masks.leaf_of(path, values, mask, axis, options, options.share)
+  # Codes are taken out as numbers, and what is left of them becomes the values.
+  pattern = options.build_pattern()
+  taken = n_of_m.NOfM.create(codes, mask, keep=pattern.keep, of=pattern.of).values
+  around = _masks.leaf_of(path, turn(codes), mask, axis, options, options.share)
+  values = fmt.leaf(taken, grid, axis=axis, dtype=dtype)
+  return dataclasses.replace(around, values=values)
 
 
 def _sparsities(

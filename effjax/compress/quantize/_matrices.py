@@ -1,6 +1,7 @@
 """Every selected matrix of a tree, one at a time, to a leaf of a number format."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,9 +13,17 @@ from effjax.core import errors
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights.formats import base
-from effjax.weights.leaves import low_rank, masked, n_of_m, rotated
+from effjax.weights.leaves import (
+  block_sparse,
+  compressed,
+  low_rank,
+  masked,
+  n_of_m,
+  rotated,
+)
 
 _KINDS = ("matrix", "embedding")
+_SPARSE = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
 # `one(path, w)`: the leaf of a matrix [*stack, in, out], or of an embedding turned so.
 One = Callable[[str, jax.Array, int], Any]
 
@@ -31,8 +40,9 @@ def replace(
   """The tree with leaves in place of the selected parameters.
 
   A `Masked` parameter stays masked: its values are quantized, and a zero that the
-  format has stays one. So does a `Rotated` one stay rotated, and an `NOfM` one sparse:
-  what stays is quantized. Of a `LowRank` one each factor is quantized.
+  format has stays one. So does a `Rotated` one stay rotated, and an `NOfM` or
+  `BlockSparse` one sparse: what stays is quantized, of blocks each as a matrix of its
+  own. Of a `LowRank` one each factor is quantized.
 
   Args:
     params, specs: the tree.
@@ -52,7 +62,9 @@ def replace(
   finite: dict[str, jax.Array] = {}
 
   def leaf_of(path: str, w: jax.Array, spec: Any, whole: bool = True) -> Any:
-    axis = -1 if spec.kind == "embedding" else -2
+    return leaf_along(-1 if spec.kind == "embedding" else -2, path, w, spec, whole)
+
+  def leaf_along(axis: int, path: str, w: Any, spec: Any, whole: bool = True) -> Any:
     finite[path] = jnp.all(jnp.isfinite(w))
     try:
       leaf = one(path, w if axis == -2 else jnp.swapaxes(w, -1, -2), axis)
@@ -71,16 +83,17 @@ def replace(
         f"{name} cannot quantize {path} of kind {spec.kind!r}; it takes "
         + ", ".join(_KINDS)
       )
-    sparse = isinstance(leaf, masked.Masked | n_of_m.NOfM)
-    if sparse and not leaf_lib.is_leaf_kind(leaf.values):
+    if isinstance(leaf, _SPARSE) and not leaf_lib.is_leaf_kind(leaf.values):
       if options is not None and options.activations not in (None, "none"):
         raise errors.InputError(
           f"{path} is pruned, which multiplies a dense weight; quantize it with "
           "activations='none'"
         )
       inner = leaf.dense() if isinstance(leaf, masked.Masked) else leaf.values
-      values = leaf_of(path, inner, spec)
-      return dataclasses.replace(leaf, values=values)
+      # Blocks are held by inputs and outputs, whatever they are of.
+      blocks = isinstance(leaf, block_sparse.BlockSparse)
+      along = functools.partial(leaf_along, -2) if blocks else leaf_of
+      return dataclasses.replace(leaf, values=along(path, inner, spec))
     if isinstance(leaf, rotated.Rotated) and not leaf_lib.is_leaf_kind(leaf.values):
       _refuse_static_scales(path, options)
       return dataclasses.replace(leaf, values=leaf_of(path, leaf.values, spec))
@@ -92,15 +105,25 @@ def replace(
         for part in ("left", "right")
       )
       return low_rank.LowRank.create(left, right)
-    if leaf_lib.is_leaf_kind(leaf):
-      raise errors.InputError(
-        f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"
-      )
+    _require_array(path, leaf)
     return leaf_of(path, leaf, spec)
 
   made = tree_lib.map_leaves(change, params, specs)
   _require_finite(finite)
   return made
+
+
+def _require_array(path: str, leaf: Any) -> None:
+  """Raises InputError for a leaf of which nothing inside can be quantized."""
+  if isinstance(leaf, compressed.Compressed):
+    raise errors.InputError(
+      f"{path} is packed, a list of weights without inputs or outputs; quantize it "
+      "before pack"
+    )
+  if leaf_lib.is_leaf_kind(leaf):
+    raise errors.InputError(
+      f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"
+    )
 
 
 def _require_finite(finite: Mapping[str, jax.Array]) -> None:

@@ -22,13 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.compress import hessians
+from effjax.compress import hessians, swept_grids
 from effjax.compress.quantize import _matrices, rtn
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
 from effjax.ops.matmul import column_sweep
-from effjax.weights.formats import base
-from effjax.weights.leaves import masked, n_of_m, rotated
+from effjax.weights.leaves import block_sparse, masked, n_of_m, rotated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def quantize(
         "calibration knows the inputs of a matrix, not of the factors of a low-rank "
         "one; quantize it with rtn"
       )
-    if isinstance(old, n_of_m.NOfM):
+    if isinstance(old, n_of_m.NOfM | block_sparse.BlockSparse):
       raise errors.InputError(
         "gptq goes through all inputs of a matrix, of which this one holds a part; "
         "prune it with packed=False, or quantize it with rtn"
@@ -144,9 +143,7 @@ def quantize_matrix(
     Codes `[in, out]`, the grid of parts `[groups, 1, out]` (see weights.formats.base),
     and a report.
   """
-  fmt = options.build()
   in_dim = w.shape[0]
-  group = fmt.group_of(in_dim)
   finite = jnp.all(jnp.isfinite(hessian))
   # With this Hessian nothing makes up for anything, and GPTQ is rounding to nearest.
   eye = jnp.eye(in_dim, dtype=hessian.dtype)
@@ -160,87 +157,18 @@ def quantize_matrix(
   back = None if order is None else jnp.argsort(order)
   dead = factor.dead if back is None else factor.dead[back]
   w = jnp.where(dead[:, None], 0, w)
-  static = options.act_order or options.static_groups or fmt.static_grids
-  if static or group == in_dim:
-    swept, grid = _on_grids(fmt, w, mask, factor.upper, order, options)
-  else:
-    swept, grid = _group_by_group(fmt, w, mask, factor.upper, options)
-  codes = swept.parts if back is None else swept.parts[back]
-  return codes, grid, hessians.Report(used, finite, factor.damping, swept.loss)
-
-
-def _on_grids(
-  fmt: base.Format,
-  w: jax.Array,
-  mask: jax.Array | None,
-  upper: jax.Array,
-  order: jax.Array | None,
-  options: GPTQOptions,
-) -> tuple[column_sweep.Swept, dict[str, jax.Array]]:
-  """With all grids fitted before, and inputs in the given order."""
-  group = fmt.group_of(w.shape[0])
-  grid = rtn.fit(fmt, base.split(w, group), options.range)
-
-  def keep(started: Any, row: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del started
-    i = i if order is None else order[i]
-    own = {name: _of_group(part, i // group) for name, part in grid.items()}
-    return _nearest(fmt, own, row, None if mask is None else mask[i])
-
-  block = column_sweep.block_size(w.shape[0], options.block)
-  ordered = w if order is None else w[order]
-  swept = column_sweep.sweep(ordered, upper, block, lambda block: (), keep)
-  return swept, grid
-
-
-def _group_by_group(
-  fmt: base.Format,
-  w: jax.Array,
-  mask: jax.Array | None,
-  upper: jax.Array,
-  options: GPTQOptions,
-) -> tuple[column_sweep.Swept, dict[str, jax.Array]]:
-  """With each grid fitted when its group is reached, which therefore is the block."""
-  group = fmt.group_of(w.shape[0])
-  x = base.split(w, group)
-  outer = fmt.outer(x)
-
-  def start(block: column_sweep.Block) -> dict[str, jax.Array]:
-    rows = block.rows
-    if mask is not None:
-      kept = jax.lax.dynamic_slice_in_dim(mask, block.index * group, group)
-      rows = jnp.where(kept, rows, 0)
-    return rtn.fit(fmt, rows[None], options.range, outer)
-
-  def keep(
-    grid: dict[str, jax.Array], row: jax.Array, i: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    return _nearest(fmt, grid, row, None if mask is None else mask[i])
-
-  swept = column_sweep.sweep(w, upper, group, start, keep)
-  # What all groups share was given with each.
-  shared = jax.eval_shape(lambda: rtn.fit(fmt, x, options.range))
-  grid = {name: part[: shared[name].shape[0], 0] for name, part in swept.blocks.items()}
-  return swept, grid
-
-
-def _nearest(
-  fmt: base.Format,
-  grid: Mapping[str, jax.Array],
-  row: jax.Array,
-  mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-  """The values that a row `[out]` is rounded to, and their codes."""
-  kept = row if mask is None else jnp.where(mask, row, 0)
-  codes = fmt.encode(kept[None, None], grid)
-  values = fmt.decode(codes, grid)[0, 0].astype(row.dtype)
-  # A zero of the mask is one whatever its code stands for.
-  return values if mask is None else jnp.where(mask, values, 0), codes[0, 0]
-
-
-def _of_group(part: jax.Array, index: jax.Array) -> jax.Array:
-  """A part of a grid as one group has it, also where all share it."""
-  return part if len(part) == 1 else jax.lax.dynamic_slice_in_dim(part, index, 1)
+  swept = swept_grids.sweep(
+    options.build(),
+    w,
+    factor.upper,
+    range=options.range,
+    static=options.act_order or options.static_groups,
+    block=options.block,
+    order=order,
+    mask=mask,
+  )
+  codes = swept.codes if back is None else swept.codes[back]
+  return codes, swept.grid, hessians.Report(used, finite, factor.damping, swept.loss)
 
 
 TECHNIQUE = technique.Transform(

@@ -52,8 +52,6 @@ class Parameters:
     return np.asarray(verbs.dense(self.leaf(path)), np.float32)
 
   def compressed(self, path: str) -> bool:
-    """Whether it is more than an array; the zeros of a masked one are just values."""
+    """Whether it is more than an array; the zeros of a pruned one are just values."""
     leaf = self._flat[self._places[path][0]]
-    if not leaf_lib.is_leaf_kind(leaf):
-      return False
-    return leaf.kind != "masked" or leaf_lib.is_leaf_kind(leaf.values)
+    return leaf_lib.is_leaf_kind(leaf) and not leaf.is_array

@@ -51,13 +51,28 @@ class Swept(NamedTuple):
     kept: `[I, O]`, the values chosen.
     parts: what `keep` gave beside them, stacked, `[I, ...]`.
     blocks: what `start` gave, stacked, `[I / B, ...]`.
+    inner_blocks: what `start_inner` gave, stacked.
     loss: tr((W - Q)^T H (W - Q)), with H as it was factored, a scalar.
   """
 
   kept: jax.Array
   parts: Any
   blocks: Any
+  inner_blocks: Any
   loss: jax.Array
+
+
+class Inner(NamedTuple):
+  """Smaller blocks inside the blocks of a sweep.
+
+  Attributes:
+    size: inputs of one, a divisor of B.
+    start: `start(started, block)`, called where one begins, with what the `start` of
+      the block around it returned; what it returns, any arrays, goes to `keep` too.
+  """
+
+  size: int
+  start: Callable[[Any, Block], Any]
 
 
 class Factor(NamedTuple):
@@ -86,6 +101,7 @@ def sweep(
   block: int,
   start: Callable[[Block], Any],
   keep: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
+  inner: Inner | None = None,
 ) -> Swept:
   """Fixes the inputs of a matrix in order.
 
@@ -95,36 +111,57 @@ def sweep(
     block: B, a divisor of I (see `block_size`).
     start: called where a block begins; what it returns, any arrays, goes to `keep`.
     keep: `keep(started, row, i)` with the row `[O]` as it stands and i its number in
-      the matrix: the values `[O]` it keeps, and any arrays to be stacked.
+      the matrix: the values `[O]` it keeps, and any arrays to be stacked. With `inner`,
+      `started` is the pair of what both starts returned.
+    inner: what begins more often than blocks do.
   """
   in_dim = w.shape[0]
   num_blocks = in_dim // block
-  diagonal = jnp.diagonal(upper).reshape(num_blocks, block)
+  size = inner.size if inner else block
+  diagonal = jnp.diagonal(upper)
+
+  def about(rows: jax.Array, first: jax.Array, count: int) -> Block:
+    factor_diagonal = jax.lax.dynamic_slice_in_dim(diagonal, first, count)
+    return Block(first // count, rows, factor_diagonal)
 
   def fix_block(carry: Any, b: jax.Array) -> tuple[Any, Any]:
     w, loss = carry
     first = b * block
     rows = jax.lax.dynamic_slice_in_dim(w, first, block)
     factor = jax.lax.dynamic_slice_in_dim(upper, first, block)  # U of it, [B, I]
-    inner = jax.lax.dynamic_slice_in_dim(factor, first, block, axis=1)
-    started = start(Block(b, rows, diagonal[b]))
+    within = jax.lax.dynamic_slice_in_dim(factor, first, block, axis=1)
+    outer = start(about(rows, first, block))
 
-    def fix_input(rows: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-      kept, part = keep(started, rows[i], first + i)
-      error = (rows[i] - kept) / inner[i, i]
-      # U is zero left of its diagonal: what was fixed before stays.
-      return rows - inner[i][:, None] * error[None], (kept, part, error)
+    def fix_inner(rows: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+      started, own = outer, ()
+      if inner:
+        here = jax.lax.dynamic_slice_in_dim(rows, b * size, size)
+        own = inner.start(outer, about(here, first + b * size, size))
+        started = outer, own
 
-    _, (kept, part, errors) = jax.lax.scan(fix_input, rows, jnp.arange(block))
+      def fix_input(rows: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+        kept, part = keep(started, rows[i], first + i)
+        error = (rows[i] - kept) / within[i, i]
+        # U is zero left of its diagonal: what was fixed before stays.
+        return rows - within[i][:, None] * error[None], (kept, part, error)
+
+      rows, made = jax.lax.scan(fix_input, rows, b * size + jnp.arange(size))
+      return rows, (*made, own)
+
+    _, made = jax.lax.scan(fix_inner, rows, jnp.arange(block // size))
+    kept, part, errors, own = made
+    errors = errors.reshape(rows.shape)
     # Earlier inputs stay again, and those of the block are not read any more.
     w -= jnp.matmul(factor.T, errors, precision=_HIGHEST)
-    return (w, loss + jnp.sum(jnp.square(errors))), (kept, part, started)
+    return (w, loss + jnp.sum(jnp.square(errors))), (kept, part, outer, own)
 
-  (_, loss), (kept, parts, blocks) = jax.lax.scan(
+  (_, loss), (kept, parts, blocks, owns) = jax.lax.scan(
     fix_block, (w, jnp.zeros((), w.dtype)), jnp.arange(num_blocks)
   )
-  merged = lambda x: x.reshape(in_dim, *x.shape[2:])
-  return Swept(merged(kept), jax.tree.map(merged, parts), blocks, loss)
+  rows_of = lambda x: x.reshape(in_dim, *x.shape[3:])
+  owns_of = lambda x: x.reshape(in_dim // size, *x.shape[2:])
+  parts, owns = jax.tree.map(rows_of, parts), jax.tree.map(owns_of, owns)
+  return Swept(rows_of(kept), parts, blocks, owns, loss)
 
 
 def inverse_factor(hessian: jax.Array, damping: float) -> Factor:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from effjax.core import config
 from effjax.weights import leaf as leaf_lib
+from effjax.weights import verbs
 
 
 @leaf_lib.register
@@ -27,7 +28,7 @@ class BlockSparse(leaf_lib.Leaf):
   """A matrix `[*stack, in, out]` of blocks, or an embedding `[V, D]` turned so.
 
   Attributes:
-    values: `[*stack, out / C, K, B, C]`.
+    values: `[*stack, out / C, K, B, C]`, an array, or a leaf of that shape.
     rows: int32 `[*stack, out / C, K]`, which block of inputs each is of. Of blocks that
       only fill a column up the values are zero.
     in_dim: size of the inputs.
@@ -121,7 +122,7 @@ class BlockSparse(leaf_lib.Leaf):
     blocks = jnp.einsum(
       "...nkr,...nkbc->...rbnc",
       self._here(self.dtype),
-      self.values,
+      verbs.dense(self.values),
       precision=jax.lax.Precision.HIGHEST,
     )
     *stack, rows, _, columns, width = blocks.shape
@@ -136,7 +137,7 @@ class BlockSparse(leaf_lib.Leaf):
     """See weights.verbs.contract."""
     if (self.axis == -1) != transpose:
       return super().contract(x, transpose=transpose)
-    return _contract(x, self.values, self.rows)
+    return _contract(x, verbs.dense(self.values), self.rows)
 
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """Columns of blocks are split like outputs, the rows of a block like inputs."""

@@ -1,7 +1,8 @@
 """A weight with some entries pruned to zero, kept dense beside a bit mask.
 
 Nothing is saved by it: the values are held whole and multiplied whole. It marks what a
-sparse format could save, and keeps zeros zero when values are quantized or trained.
+sparse format could save, and keeps zeros zero when values are quantized or trained;
+`pack` makes it one (leaf compressed).
 """
 
 import dataclasses
@@ -55,6 +56,11 @@ class Masked(leaf_lib.Leaf):
   def dtype(self) -> jnp.dtype:
     """Logical dtype."""
     return self.values.dtype
+
+  @property
+  def is_array(self) -> bool:
+    """Unless the values are a leaf."""
+    return not leaf_lib.is_leaf_kind(self.values)
 
   def mask(self) -> jax.Array:
     """The mask, bool, of the logical shape."""

@@ -12,6 +12,11 @@ def test_bytes_are_those_of_each_way():
   bytes_of = {name: row["bytes"] for name, row in first.items()}
   assert bytes_of["dense"] == 1
   assert bytes_of["masked 50 %"] == 1 + 1 / 32  # a bit each
+  assert bytes_of["bitmap 50 %"] == 0.5 + 1 / 32
+  # A kept weight has a column of one byte, a row the number at its end in two.
+  kept = -(-256 * 256 * 3 // 100 // 8) * 8 / 256**2
+  assert bytes_of["csr 97 %"] == pytest.approx(kept * (1 + 1 / 4) + 1 / 512, abs=1e-4)
+  assert first["csr 97 %"]["simulated"] == "flops"
   assert bytes_of["2:4"] == 0.5 + 0.5 * 2 / 32  # two bits for each that stays
   # A block of 256 weights has the number of its row.
   assert bytes_of["blocks of 16x16 75 %"] == pytest.approx(0.25 * (1 + 1 / 256))
