@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from effjax.compress import api as compress
 from effjax.compress import registry as transforms
 from effjax.core import errors
-from effjax.core import select as select_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
@@ -26,7 +25,7 @@ from effjax.models import encoder_config
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.recipe import config as config_lib
-from effjax.train import masks
+from effjax.train import adapters, masks
 from effjax.train import state as state_lib
 
 
@@ -153,7 +152,7 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
     kept = plan.config.source.abstract(stage.build_options().kept_dtype)
     return dataclasses.replace(start, params=kept)
   if stage.technique == config_lib.TRAIN:
-    paths = select_lib.select(start.specs, where)
+    paths = adapters.trained(start.params, start.specs, where)
     plain = jax.eval_shape(
       lambda params: masks.take_out(params, paths)[0], start.params
     )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.compress import merged
 from effjax.compress.quantize import _activation_scales
 from effjax.core import errors
 from effjax.core import tree as tree_lib
@@ -45,8 +46,8 @@ def replace(
     stats: statistics of calibration.
 
   Raises:
-    InputError: a parameter of another kind, one that is quantized already or is not
-      finite, or what `one` says of it, with its path.
+    InputError: a parameter of another kind, one that is quantized already, has adapters
+      or is not finite, or what `one` says of it, with its path.
   """
   found = tree_lib.flatten(stats or {})
   finite: dict[str, jax.Array] = {}
@@ -71,6 +72,7 @@ def replace(
         f"{name} cannot quantize {path} of kind {spec.kind!r}; it takes "
         + ", ".join(_KINDS)
       )
+    merged.require(name, path, leaf)
     sparse = isinstance(leaf, masked.Masked | n_of_m.NOfM)
     if sparse and not leaf_lib.is_leaf_kind(leaf.values):
       if options is not None and options.activations not in (None, "none"):

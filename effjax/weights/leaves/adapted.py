@@ -120,11 +120,9 @@ class Adapted(leaf_lib.Leaf):
     """Each expert's product, with factors of its own; see verbs.grouped_contract."""
     y = verbs.grouped_contract(x, self.base, group_sizes)
     h = verbs.grouped_contract(x, self.down, group_sizes)
-    scale = self.scale.astype(h.dtype)
-    if group_sizes is not None:
-      # Rows past the groups are zeros, whatever they are multiplied by.
-      scale = jnp.repeat(scale[:, 0], group_sizes, axis=0, total_repeat_length=len(h))
-    return y + verbs.grouped_contract(h * scale, self.up, group_sizes)
+    # Rows are not told by expert where sizes are computed; the factors are.
+    up = self.up * self.scale.astype(self.up.dtype)
+    return y + verbs.grouped_contract(h, up, group_sizes)
 
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """Each factor has one of the two dimensions; R is never split."""
