@@ -32,15 +32,15 @@ def _kinds(leaf):
 HELD = {
   "train": ("array",),
   "pruned": ("masked", "array"),
-  "pruned-whole": ("masked", "array"),
-  "pruned-lora": ("masked", "adapted", "array"),
-  "pruned-lora-merged": ("masked", "array"),
-  "pruned-beside": ("adapted", "masked", "array"),
-  "pruned-beside-cut": ("masked", "array"),
-  "pruned-beside-dense": ("array",),
+  "whole-0.01": ("masked", "array"),
+  "lora-0.01": ("masked", "adapted", "array"),
+  "lora-merged": ("masked", "array"),
+  "beside": ("adapted", "masked", "array"),
+  "beside-cut": ("masked", "array"),
+  "beside-dense": ("array",),
   "int3-lora": ("adapted", "codes"),
-  "int3-lora-merged": ("array",),
-  "int3-lora-again": ("codes",),
+  "int3-merged": ("array",),
+  "int3-again": ("codes",),
 }
 
 
@@ -55,7 +55,7 @@ def test_rows_hold_what_they_are_named_after(argument):
     for path, spec in tree_lib.flatten(made.specs).items():
       assert _kinds(flat[path]) == (kinds if spec.kind == "matrix" else ("array",))
   size = lambda name: sum(a.size for a in jax.tree.leaves(outcomes[name].params))
-  assert size("pruned-lora-merged") == size("pruned") < size("pruned-lora")
+  assert size("lora-merged") == size("pruned") < size("lora-0.01")
 
 
 def test_another_argument_is_refused():
@@ -72,13 +72,12 @@ def test_smoke_runs_and_merging_changes_nothing(tmp_path):
   rows = {row["stage"]: row for row in result["stages"]}
   assert HELD.keys() <= rows.keys()
   loss = lambda name: rows[name]["quality"]["loss"]
-  for name in ("pruned", "pruned-beside", "int3"):
-    before = name.removesuffix("-beside")
-    start = f"{name}-lora-start" if name == before else f"{name}-start"
+  starts = {"lora-start": "pruned", "beside-start": "pruned", "int3-start": "int3"}
+  for start, before in starts.items():
     assert loss(start) == pytest.approx(loss(before), rel=1e-5)
-  assert loss("pruned-lora-merged") == pytest.approx(loss("pruned-lora"), rel=1e-5)
-  assert loss("pruned-lora") < loss("pruned")
+  assert loss("lora-merged") == pytest.approx(loss("lora-0.01"), rel=1e-5)
+  assert loss("lora-0.01") < loss("pruned")
   assert loss("int3-lora") < loss("int3")
-  pruned, merged = rows["pruned"], rows["pruned-lora-merged"]
+  pruned, merged = rows["pruned"], rows["lora-merged"]
   for name in ("num_params", "num_nonzero", "bytes_held", "flops_per_token"):
     assert merged[name] == pruned[name]
