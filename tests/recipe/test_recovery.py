@@ -32,7 +32,7 @@ def _kinds(leaf):
 HELD = {
   "train": ("array",),
   "pruned": ("masked", "array"),
-  "whole-0.01": ("masked", "array"),
+  "whole-0.003": ("masked", "array"),
   "lora-0.01": ("masked", "adapted", "array"),
   "lora-merged": ("masked", "array"),
   "beside": ("adapted", "masked", "array"),

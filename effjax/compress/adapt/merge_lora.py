@@ -130,8 +130,10 @@ def _base(leaf: Any) -> Any:
 
 def _is_cut(leaf: Any, options: MergeLoRAOptions) -> bool:
   """Whether merging takes away a part of what was added."""
-  is_sum = isinstance(leaf, adapted.Adapted)
-  return options.keep_zeros and is_sum and isinstance(leaf.base, _SPARSE)
+  if not (options.keep_zeros and isinstance(leaf, adapted.Adapted)):
+    return False
+  # A plan traces this on shapes, of which there is nothing to say.
+  return isinstance(leaf.base, _SPARSE) and not isinstance(leaf.up, jax.core.Tracer)
 
 
 def _takes_floats(base: Any) -> bool:
