@@ -1,6 +1,6 @@
 """What a pruned or rounded model gets back: adapters beside training it whole.
 
-Question: of what pruning to 70 % and rounding to 3 bits cost, how much comes back in 100
+Question: of what pruning to 70 % and rounding to 3 bits cost, what comes back in 100
 steps if only low-rank adapters train, and what becomes of it when they are merged?
 
 Model and text: those of configs/quickstart.py, trained once. All matrices but the
