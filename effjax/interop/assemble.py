@@ -23,6 +23,7 @@ from effjax.interop import rules as rules_lib
 from effjax.parallel import rules as parallel_rules
 from effjax.parallel import sharding
 from effjax.weights import leaf as leaf_lib
+from effjax.weights.leaves import adapted
 
 _MAX_SHOWN = 3
 
@@ -270,6 +271,8 @@ def require_plain(
   kinds: dict[str, str] = {}
   for path, leaf in flat.items():
     if leaf_lib.is_leaf_kind(leaf):
+      if adapted.is_adapted(leaf):
+        require_merged(path, what, dense)
       if not leaf.is_array:
         kinds.setdefault(leaf.kind, path)
       flat[path] = leaf.dense() if dense or leaf.is_array else leaf
@@ -280,6 +283,21 @@ def require_plain(
       "that can, or --dense to write what it stands for"
     )
   return tree_lib.unflatten(flat)
+
+
+def require_merged(path: str, what: str, dense: bool) -> None:
+  """Raises InputError for a parameter with adapters, unless sums are to be written.
+
+  Args:
+    path: of the parameter.
+    what: of the format, for messages.
+    dense: see `require_plain`.
+  """
+  if not dense:
+    raise errors.InputError(
+      f"{path} has adapters, which {what} cannot hold; merge them first (merge_lora), "
+      "or use --dense to write the sums that they stand for"
+    )
 
 
 def _members(

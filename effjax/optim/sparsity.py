@@ -14,13 +14,11 @@ from effjax.core import tree as tree_lib
 from effjax.ops.sparsity import amounts
 from effjax.optim import base, sparse
 from effjax.weights import leaf as leaf_lib
-from effjax.weights.leaves import block_sparse, masked, n_of_m
 
 SPARSIFIERS = "effjax.optim.sparsifiers"
 BUDGETS = ("uniform", "erk")
 KINDS = ("matrix", "embedding")
 DEFAULT_WHERE = select_lib.Where(kind=("matrix",))
-_PRUNED = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ def choose(
       f"{', '.join(KINDS)}",
     )
     config_lib.require(
-      not isinstance(leaf, _PRUNED),
+      not (leaf_lib.is_leaf_kind(leaf) and leaf.pruned),
       f"{path} is already pruned and keeps its mask while it trains; start after an "
       "earlier stage, or leave it out of sparsity.where",
     )

@@ -176,9 +176,14 @@ def _array_sharding(
 
 
 def _remaining_axes(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[Any, ...]:
-  """Axes of an array that mirrors a parameter, perhaps with dimensions reduced away."""
-  if shape == spec.shape:
-    return spec.all_axes
+  """Axes of an array that mirrors a parameter, or a part of one.
+
+  Of as many dimensions those of equal size are kept, such as one of a factor's two;
+  else some were reduced away.
+  """
+  if len(shape) == len(spec.shape):
+    pairs = zip(spec.all_axes, spec.shape, shape, strict=True)
+    return tuple(axis if size == own else None for axis, size, own in pairs)
   kept, dim = [], 0
   for size in shape:
     while dim < len(spec.shape) and spec.shape[dim] != size:

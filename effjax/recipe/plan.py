@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from effjax.compress import api as compress
 from effjax.compress import registry as transforms
 from effjax.core import errors
-from effjax.core import select as select_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import pipeline
@@ -29,7 +28,7 @@ from effjax.optim import sparsity
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.recipe import config as config_lib
-from effjax.train import masks
+from effjax.train import adapters, masks
 from effjax.train import state as state_lib
 
 
@@ -159,7 +158,7 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
     exports.check(stage.build_options(), start.model, start.params)
     return start
   if stage.technique == config_lib.TRAIN:
-    paths = select_lib.select(start.specs, where)
+    paths = adapters.trained(start.params, start.specs, where)
     return dataclasses.replace(start, params=_trained(stage, start, paths))
   model, params = compress.shapes(
     transforms.find(stage.technique),

@@ -1,7 +1,8 @@
 """The stage "train": a first training, or a fine-tuning of what an earlier stage made.
 
 Pruned weights stay pruned: the loop trains them as plain arrays with exact zeros and
-hands on masked leaves again. A teacher is read from the folder of its stage, and is
+hands on masked leaves again. Of a model with adapters those alone train, unless `where`
+says otherwise (train.adapters). A teacher is read from the folder of its stage, and is
 neither changed nor handed on. The model keeps the precision it was trained with: it is
 scored and timed in it, by later stages too.
 """

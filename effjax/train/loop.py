@@ -25,7 +25,7 @@ from effjax.core import select as select_lib
 from effjax.optim import config as optim_config
 from effjax.optim import sparse
 from effjax.optim import sparsity as sparsity_lib
-from effjax.train import checkpoint, masks, signals, timing, writers
+from effjax.train import adapters, checkpoint, masks, signals, timing, writers
 from effjax.train import config as train_config
 from effjax.train import console as console_lib
 from effjax.train import device as device_lib
@@ -87,7 +87,8 @@ def train(
     mesh: the device mesh.
     preset: key of parallel.rules.PRESETS.
     key: random key of this stage.
-    where: which parameters train (see core.select); None for all of them.
+    where: which parameters train (see core.select); None for all of them, or for the
+      adapters alone where there are any (see train.adapters).
     evaluate: `evaluate(params) -> {name: number}`, called at `config.eval_every`; it
       may be left at any point when a stop is asked for, and is then repeated.
     workdir: the run folder: `metrics.jsonl`, `tb/<stage>`, `checkpoints/<stage>`; None
@@ -109,7 +110,7 @@ def train(
     f"{'no' if teacher is None else 'a'} model passed as the teacher",
   )
   where = select_lib.parse(where, select_lib.Where())
-  paths = select_lib.select(specs, where)
+  paths = adapters.trained(params, specs, where)
   plain, kept = masks.take_out(params, paths)
   tx, lr_fn = optim_config.build(
     config.optimizer,

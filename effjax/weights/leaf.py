@@ -36,6 +36,8 @@ class Leaf:
   grid_fields: ClassVar[tuple[str, ...]] = ()
   # What a table must mark as not really saved: any of "bytes", "flops".
   simulated: ClassVar[tuple[str, ...]] = ()
+  # Whether it is a pruned weight, and says which entries stay.
+  pruned: ClassVar[bool] = False
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from effjax.ops.matmul import tables
 from effjax.weights.formats import base as format_base
 from effjax.weights.leaves import (
+  adapted,
   block_sparse,
   coded,
   compressed,
@@ -213,6 +214,17 @@ def _rotated(key, shape, axis, inner=_plain):
   return rotated.Rotated(inner(key, shape, axis), 4)
 
 
+def _adapted(key, shape, axis, inner=_plain):
+  """With factors that are not zero, and a scale of its own for each of a stack."""
+  keys = jax.random.split(key, 4)
+  return adapted.Adapted.create(
+    inner(keys[0], shape, axis),
+    jax.random.normal(keys[1], (*shape[:-1], 3)),
+    jax.random.normal(keys[2], (*shape[:-2], 3, shape[-1])),
+    jax.random.uniform(keys[3], (*shape[:-2], 1, 1), minval=0.1, maxval=0.5),
+  )
+
+
 _int4 = functools.partial(_quantized, bits=4, groups=4)
 _int8_dynamic = functools.partial(_quantized, activations="int8")
 _fp8_dynamic = functools.partial(_coded, table="e4m3", groups=1, activations="fp8")
@@ -257,6 +269,13 @@ KINDS = {
   ),
   "rotated": _rotated,
   "rotated_int4": functools.partial(_rotated, inner=_int4),
+  "adapted": _adapted,
+  "adapted_int4": functools.partial(_adapted, inner=_int4),
+  "adapted_masked": functools.partial(_adapted, inner=_masked),
+  "adapted_n_of_m": functools.partial(_adapted, inner=_n_of_m),
+  "adapted_block_sparse": functools.partial(_adapted, inner=_block_sparse),
+  "adapted_low_rank": functools.partial(_adapted, inner=_low_rank),
+  "masked_adapted": functools.partial(_masked, inner=_adapted),
 }
 # Whatever is a variation of two others is not looked at each time.
 VARIATIONS = (
@@ -275,4 +294,8 @@ VARIATIONS = (
   "fake_nf4",
   "fake_lsq",
   "rotated_int4",
+  "adapted_masked",
+  "adapted_n_of_m",
+  "adapted_block_sparse",
+  "adapted_low_rank",
 )

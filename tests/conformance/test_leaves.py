@@ -81,6 +81,9 @@ def kind(request):
   return request.param
 
 
+_CONVOLVED = ("plain", "int8", "masked", "int3", "adapted", "masked_adapted")
+
+
 def _cases():
   """Every kind with every verb; groups do not divide the few taps of a convolution."""
   for param in _KINDS:
@@ -88,7 +91,7 @@ def _cases():
       (param, ()) if isinstance(param, str) else (param.values[0], param.marks)
     )
     for verb in VERBS:
-      if verb != "conv" or kind in ("plain", "int8", "masked", "int3"):
+      if verb != "conv" or kind in _CONVOLVED:
         yield pytest.param((kind, verb), marks=marks, id=f"{kind}-{verb}")
 
 

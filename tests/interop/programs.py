@@ -1,5 +1,6 @@
 """Tiny random decoders as StableHLO, written by a process of their own."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.compress import registry
 from effjax.compress.quantize import rtn
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.data import tokenizers
 from effjax.interop import stablehlo
 from effjax.models import config, decoder
+from effjax.weights.leaves import adapted
 
 VOCAB, WIDTH, MAX_LEN = 48, 32, 24
 _HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -37,6 +40,7 @@ CONFIGS = {
   "int4": ({}, ["b", "l"]),
   "int8": ({}, ["b", "l"]),
   "int3": ({}, ["b", "l"]),
+  "qlora": ({}, ["b", "l"]),
 }
 # How the matrices of some are rounded.
 RTN = {
@@ -66,7 +70,19 @@ def build(name):
     flat = tree_lib.flatten(specs)
     paths = {path for path, spec in flat.items() if spec.kind == "matrix"}
     params = rtn.quantize(params, specs, None, paths, rtn.RTNOptions(**RTN[name]))
+  if name == "qlora":
+    params = registry.find("rtn")(params, specs, options={"bits": 4, "group": 16})
+    params = registry.find("lora")(params, specs, options={"rank": 2})
+    params = tree_lib.map_leaves(lambda _, leaf: _with_factors(leaf, rng), params)
   return model, params, specs
+
+
+def _with_factors(leaf, rng):
+  """An adapted leaf with numbers in the factor that starts at zero."""
+  if not isinstance(leaf, adapted.Adapted):
+    return leaf
+  up = jnp.asarray(0.1 * rng.standard_normal(leaf.up.shape), jnp.float32)
+  return dataclasses.replace(leaf, up=up)
 
 
 def save(path):

@@ -37,7 +37,11 @@ def test_packed_is_the_masked_weight_and_smaller(rng, spec):
   np.testing.assert_array_equal(packed.mask(), held.mask())
   blocks = w.size // 4 // 8
   assert packed.held_bytes() == blocks * (8 * 4 + 4)
-  assert measure_leaves.kept_fractions({"w": packed}) == {"w": 0.25}
+  # Its products execute only what stays, of which nothing more could be skipped.
+  assert measure_leaves.kept_fractions({"w": packed, "held": held}) == {
+    "w": 1.0,
+    "held": 0.25,
+  }
   assert measure_leaves.simulated({"w": packed}) == []
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.compress import blocks as blocks_lib
-from effjax.compress import calibrate
+from effjax.compress import calibrate, merged
 from effjax.compress.equivalent import _pairs, _search
 from effjax.compress.quantize import rtn
 from effjax.core import config, errors, technique
@@ -224,6 +224,7 @@ def _check(
         about[path].kind == "matrix",
         f"awq takes matrices; {where} is of kind {about[path].kind!r}",
       )
+      merged.require("awq", where, leaves[path])
       if not _pairs.is_scalable(leaves[path]):
         raise errors.InputError(
           f"{where} is already a {leaves[path].kind} leaf; start this stage after a "

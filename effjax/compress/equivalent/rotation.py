@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.compress import merged
 from effjax.compress.equivalent import _stream, _turns
 from effjax.core import config, errors, technique
 from effjax.core import tree as tree_lib
@@ -271,6 +272,7 @@ def _require_plain(flat: Mapping[str, Any], found: _Found) -> None:
   if found.stream is not None:
     touched |= {*found.stream.readers, *found.stream.writers, *found.stream.norms}
   for path in sorted(touched):
+    merged.require("rotation", path, flat[path])
     if leaf_lib.is_leaf_kind(flat[path]):
       raise errors.InputError(
         f"{path} is already a {flat[path].kind} leaf; rotation needs plain weights: "

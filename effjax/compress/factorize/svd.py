@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.compress import merged
 from effjax.core import config, errors, technique
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
@@ -74,6 +75,7 @@ def factorize(
       raise errors.InputError(
         f"svd cannot factorize {path} of kind {spec.kind!r}; it takes {allowed}"
       )
+    merged.require("svd", path, leaf)
     if leaf_lib.is_leaf_kind(leaf):
       raise errors.InputError(
         f"{path} is already a {leaf.kind} leaf; start this stage after a plain one"

@@ -12,23 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.compress import merged
 from effjax.compress.prune import _budget, _pattern
 from effjax.core import config, errors
 from effjax.core import tree as tree_lib
 from effjax.ops.sparsity import amounts, selection
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
-from effjax.weights.leaves import block_sparse, compressed, masked, n_of_m
+from effjax.weights.leaves import adapted, block_sparse, masked, n_of_m
 
 KINDS = ("matrix", "embedding")
 WITHIN = ("matrix", "output")
 DEFAULT_SPARSITY = 0.5
-_PRUNED = (
-  masked.Masked,
-  n_of_m.NOfM,
-  block_sparse.BlockSparse,
-  compressed.Compressed,
-)
 # `score(path, w)`: of a matrix [*stack, I, O], or of an embedding turned so.
 Score = Callable[[str, jax.Array], jax.Array]
 
@@ -107,7 +102,8 @@ def prune(
 ) -> dict[str, Any]:
   """The tree with pruned leaves in place of the selected parameters.
 
-  They are `Masked` over the values there are, or with `packed` hold what stays.
+  They are `Masked` over the values there are, or with `packed` hold what stays. Of an
+  adapted parameter the sum is scored, and masked: merging keeps the zeros (merge_lora).
 
   Args:
     params, specs: the tree.
@@ -129,7 +125,9 @@ def prune(
       raise errors.InputError(
         f"{name} cannot prune {path} of kind {kind!r}; it takes {', '.join(KINDS)}"
       )
-    if isinstance(leaf, _PRUNED):
+    if options.packed:
+      merged.require(f"{name} with packed=True", path, leaf)
+    if _is_pruned(leaf):
       raise errors.InputError(f"{path} is already pruned; start after an earlier stage")
     w = verbs.dense(leaf)
     if kind == "embedding":
@@ -151,6 +149,12 @@ def prune(
     share = shares.get(path, options.share)
     flat[path] = leaf_of(path, flat[path], mask, axis, options, share)
   return tree_lib.unflatten(flat)
+
+
+def _is_pruned(leaf: Any) -> bool:
+  """Whether a parameter is pruned, or the base of its adapters is."""
+  base = leaf.base if isinstance(leaf, adapted.Adapted) else leaf
+  return leaf_lib.is_leaf_kind(base) and base.pruned
 
 
 def leaf_of(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.compress import hessians
+from effjax.compress import hessians, merged
 from effjax.compress.prune import _masks
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
@@ -118,6 +118,7 @@ def prune(
         f"{name} cannot prune {path} of kind {kind!r}; it takes "
         + ", ".join(_masks.KINDS)
       )
+    merged.require(name, path, w)
     if leaf_lib.is_leaf_kind(w):
       raise errors.InputError(
         f"{path} is already a {w.kind} leaf, whose values cannot be changed; start "

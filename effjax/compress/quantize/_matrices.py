@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.compress import merged
 from effjax.compress.quantize import _activation_scales
 from effjax.core import errors
 from effjax.core import tree as tree_lib
@@ -23,7 +24,8 @@ from effjax.weights.leaves import (
 )
 
 _KINDS = ("matrix", "embedding")
-_SPARSE = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
+# Pruned weights of which quantizers take the values, as they take any others.
+_PRUNED = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
 # `one(path, w)`: the leaf of a matrix [*stack, in, out], or of an embedding turned so.
 One = Callable[[str, jax.Array, int], Any]
 
@@ -55,8 +57,8 @@ def replace(
     stats: statistics of calibration.
 
   Raises:
-    InputError: a parameter of another kind, one that is quantized already or is not
-      finite, or what `one` says of it, with its path.
+    InputError: a parameter of another kind, one that is quantized already, has adapters
+      or is not finite, or what `one` says of it, with its path.
   """
   found = tree_lib.flatten(stats or {})
   finite: dict[str, jax.Array] = {}
@@ -83,7 +85,8 @@ def replace(
         f"{name} cannot quantize {path} of kind {spec.kind!r}; it takes "
         + ", ".join(_KINDS)
       )
-    if isinstance(leaf, _SPARSE) and not leaf_lib.is_leaf_kind(leaf.values):
+    merged.require(name, path, leaf)
+    if isinstance(leaf, _PRUNED) and not leaf_lib.is_leaf_kind(leaf.values):
       if options is not None and options.activations not in (None, "none"):
         raise errors.InputError(
           f"{path} is pruned, which multiplies a dense weight; quantize it with "

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from effjax.core import errors
+from effjax.interop import assemble
 from effjax.interop.onnx import codes, parameters
 from effjax.interop.onnx import graph as graph_lib
+from effjax.weights.leaves import adapted
 
 TYPES = ("fp32", "int4", "int8")
 
@@ -90,9 +92,12 @@ class Matrices:
 
   def _refuse(self, path: str, why: str) -> None:
     """Raises InputError for a compressed parameter, unless it may be multiplied out."""
+    leaf = self.params.leaf(path)
+    if adapted.is_adapted(leaf):
+      assemble.require_merged(path, "an ONNX file", self._dense)
     if not self._dense:
       raise errors.InputError(
-        f"{path} is {codes.describe(self.params.leaf(path))}, which ONNX type "
+        f"{path} is {codes.describe(leaf)}, which ONNX type "
         f"{self._type} cannot hold: {why}; or --dense to multiply it out"
       )
 

@@ -35,6 +35,7 @@ class BlockSparse(leaf_lib.Leaf):
     axis: where the weight has its inputs: -2, or -1 for an embedding.
   """
 
+  pruned = True
   static_fields = ("in_dim", "axis")
   trainable_fields = ("values",)
 

@@ -44,6 +44,7 @@ class Compressed(leaf_lib.Leaf):
     cols: C.
   """
 
+  pruned = True
   static_fields = ("cols",)
   simulated = ("flops",)
 

@@ -27,6 +27,7 @@ class Masked(leaf_lib.Leaf):
     mask_bits: uint8 `[*stack, in, ceil(out / 8)]`, bit 1 keeps the entry.
   """
 
+  pruned = True
   static_fields = ()
   trainable_fields = ("values",)
   simulated = ("bytes", "flops")

@@ -34,6 +34,7 @@ class NOfM(leaf_lib.Leaf):
     axis: the axis of the groups, -2, or -1 for an embedding.
   """
 
+  pruned = True
   static_fields = ("keep", "of", "axis")
   trainable_fields = ("values",)
   simulated = ("flops",)

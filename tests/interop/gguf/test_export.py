@@ -199,6 +199,20 @@ def test_compressed_weights_need_dense(tmp_path):
   assert model.open_gguf(tmp_path / "a.gguf").model.config.num_layers == 2
 
 
+def test_adapters_need_a_merge_or_dense(tmp_path):
+  ours, params, specs = tiny.build("llama")
+  params = transforms.find("lora")(params, specs, options={"rank": 2})
+  with pytest.raises(errors.InputError, match="has adapters.*merge_lora") as raised:
+    export.save(tmp_path / "a.gguf", ours, params, specs)
+  assert "\n" not in str(raised.value)
+  merged = transforms.find("merge_lora")(params, specs)
+  export.save(tmp_path / "merged.gguf", ours, merged, specs)
+  export.save(tmp_path / "dense.gguf", ours, params, specs, dense=True)
+  # The general name in the file is that of the file.
+  sizes = [len((tmp_path / f"{n}.gguf").read_bytes()) for n in ("merged", "dense")]
+  assert abs(sizes[0] - sizes[1]) <= 32
+
+
 def test_mistakes_leave_no_file(tmp_path):
   ours, params, specs = tiny.build("llama")
   path = tmp_path / "a.gguf"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.compress import registry
 from effjax.compress.quantize import rtn
 from effjax.core import errors
 from effjax.core import tree as tree_lib
@@ -213,3 +214,22 @@ def test_a_low_rank_matrix_is_refused_by_name(written, tmp_path):
   for kind in export.TYPES:
     with pytest.raises(errors.InputError, match="head is low rank.*" + kind):
       export.save(tmp_path / "m.onnx", found.model, params, type=kind)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_adapters_need_a_merge_or_dense(kind, written, tmp_path):
+  found = written("qwen2")
+  lora = registry.find("lora")
+  params = lora(found.params, found.specs, options={"rank": 2})
+  params = tree_lib.map_leaves(
+    lambda _, leaf: jax.tree.map(lambda a: a + 0.01, leaf), params
+  )
+  with pytest.raises(errors.InputError, match="has adapters.*merge_lora") as raised:
+    export.save(tmp_path / "m.onnx", found.model, params, type=kind)
+  assert "\n" not in str(raised.value)
+  export.save(tmp_path / "m.onnx", found.model, params, type=kind, dense=True)
+  if kind == "fp32":
+    ids, mask = models.tokens()
+    actual = models.Runtime(tmp_path / "m.onnx")(ids, mask)[0][mask > 0]
+    expected = models.logits(found.model, params)
+    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()

@@ -1,0 +1,1 @@
+"""Adapters: few numbers that train beside a model that stays as it is."""
