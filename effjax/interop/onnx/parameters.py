@@ -10,6 +10,7 @@ from effjax.core import layers
 from effjax.core import tree as tree_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
+from effjax.weights.leaves import masked
 
 
 class Parameters:
@@ -36,10 +37,16 @@ class Parameters:
         self._places[f"layer_{layer}/{name}"] = path, index
 
   def leaf(self, path: str) -> Any:
-    """The parameter of a layer, `layer_<k>/...`, or one of the whole model."""
+    """The parameter of a layer, `layer_<k>/...`, or one of the whole model.
+
+    A mask is left out where its values can hold the zeros.
+    """
     held, index = self._places[path]
     leaf = self._flat[held]
-    return leaf if index is None else jax.tree.map(lambda a: a[index], leaf)
+    if index is not None:
+      leaf = jax.tree.map(lambda a: a[index], leaf)
+    # Codes under a mask are codes of which some are 0.
+    return leaf.folded() if isinstance(leaf, masked.Masked) else leaf
 
   def shape(self, path: str) -> tuple[int, ...]:
     """Its logical shape."""

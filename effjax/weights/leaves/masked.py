@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from effjax.core import config
 from effjax.ops.matmul import packing
 from effjax.weights import leaf as leaf_lib
+from effjax.weights.leaves import quantized
 
 
 @leaf_lib.register
@@ -72,6 +73,29 @@ class Masked(leaf_lib.Leaf):
     values = self.values
     dense = values.dense() if leaf_lib.is_leaf_kind(values) else values
     return jnp.where(self.mask(), dense, jnp.zeros((), dense.dtype))
+
+  def folded(self) -> Any:
+    """What holds the same weight without a mask, or itself where nothing does.
+
+    An array has its zeros, and symmetric integer codes have the code 0 for them.
+    """
+    values = self.values
+    if not leaf_lib.is_leaf_kind(values):
+      return self.dense()
+    if not isinstance(values, quantized.Quantized) or not values.symmetric:
+      return self
+    mask = jnp.swapaxes(self.mask(), -1, -2) if values.swapped else self.mask()
+    codes = values.unpacked()
+    return quantized.Quantized.create(
+      jnp.where(mask, codes, jnp.zeros((), codes.dtype)),
+      values.scale,
+      bits=values.bits,
+      axis=values.axis,
+      swapped=bool(values.swapped),
+      activations=values.activations,
+      x_scale=values.x_scale,
+      dtype=values.dtype,
+    )
 
   def inner_axes(self, axes: Sequence[Any]) -> dict[str, Any]:
     """The mask tiles the same dimensions as the values."""
