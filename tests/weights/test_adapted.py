@@ -122,6 +122,32 @@ def test_the_sum_is_never_formed(rng):
   assert counted == {"w": 2 * 5 * (IN * OUT + RANK * (IN + OUT)), "": 0}
 
 
+def test_a_step_costs_two_products_beside_a_mask_and_three_under_it(rng):
+  tokens = 512
+  w, down, up = _parts(rng)
+  mask = jnp.asarray(rng.random((IN, OUT)) < 0.4)
+  beside = adapted.Adapted.create(masked.Masked.create(w, mask), down, up, SCALE)
+  within = masked.Masked.create(adapted.Adapted.create(w, down, up, SCALE), mask)
+  product = 2 * tokens * IN * OUT
+  thin = 2 * tokens * RANK * (IN + OUT)
+  formed = 2 * IN * OUT * RANK
+
+  def cost(leaf):
+    """Of the gradients to what trains and to activations."""
+    trainable, frozen = partition.partition({"w": leaf}, {"w"})
+
+    def loss(trainable, x):
+      leaf = partition.merge(trainable, frozen)["w"]
+      return jnp.sum(jnp.sin(verbs.contract(x, leaf)))
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    return flops.dot_flops(grad, trainable, jnp.ones((tokens, IN)))
+
+  assert cost(w) == 3 * product
+  assert cost(beside) == 2 * product + 3 * thin
+  assert cost(within) == 3 * product + 3 * formed
+
+
 def test_adapters_count_beside_the_weight(rng):
   w, down, up = _parts(rng)
   mask = np.arange(IN * OUT).reshape(IN, OUT) % 4 == 0
