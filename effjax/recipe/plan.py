@@ -186,7 +186,7 @@ def _trained(
     plain, kept = masks.take_out(params, paths)
     state_lib.split(plain, paths)
     found = {path: jnp.ones(shape, bool) for path, shape in made_sparse.items()}
-    return masks.put_back(plain, masks.join(kept, found, plain))
+    return masks.put_back(plain, masks.join(kept, found, plain), params)
 
   return jax.eval_shape(hand_on, start.params)
 
