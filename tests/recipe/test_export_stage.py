@@ -1,0 +1,123 @@
+"""Recipes that export, and recipes of pruning as they are planned."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from effjax.core import errors
+from effjax.core import tree as tree_lib
+from effjax.recipe import config as config_lib
+from effjax.recipe import plan as plan_lib
+from effjax.recipe import runner
+from effjax.weights.leaves import masked, quantized
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+_CONFIG = '''"""Prunes, rounds and exports an untrained model."""
+import ml_collections
+
+
+def get_config(arg=""):
+  c = ml_collections.ConfigDict()
+  c.data = {
+    "corpus": "text_files",
+    "options": {"paths": (TEXTS,)},
+    "tokenizer": "bytes",
+    "vocab_size": 257,
+    "sequence_length": 32,
+    "batch_size": 2,
+    "eval_bytes": 200,
+  }
+  c.model = {
+    "vocab_size": 257,
+    "embed_dim": 16,
+    "num_layers": 1,
+    "mixer_options": {
+      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+    },
+    "max_len": 64,
+  }
+  c.measure = {"latency": False, "xz_preset": 0}
+  c.stages = (
+    {"name": "pruned", "technique": "magnitude"},
+    {"name": "int8", "technique": "rtn", "options": {"bits": 8, "group": 0}},
+    {"name": "exported", "technique": "export", "options": OPTIONS},
+  )
+  return c
+'''
+
+
+def _write(folder, **options):
+  texts = folder / "texts"
+  texts.mkdir(exist_ok=True)
+  (texts / "a.txt").write_text("a little text to score, again and again\n" * 40)
+  path = folder / "tiny.py"
+  text = _CONFIG.replace("TEXTS", repr(str(texts / "*.txt")))
+  path.write_text(text.replace("OPTIONS", repr(options)))
+  return str(path)
+
+
+def test_an_export_stands_in_the_run_folder_and_is_written_again(tmp_path):
+  onnx = pytest.importorskip("onnx")
+  reference = _write(tmp_path, format="onnx", type="int8")
+  root = runner.run(reference, workdir=tmp_path / "run")
+  rows = json.loads((root / "result.json").read_text())["stages"]
+  exported = root / "exports" / "exported.onnx"
+  first = exported.read_bytes()
+  assert rows[-1]["bytes_on_disk"] == len(first) != rows[-2]["bytes_on_disk"]
+  assert rows[-1]["quality"] == rows[-2]["quality"]
+  # Masked codes are written as codes, of which half are zero.
+  graph = onnx.load_from_string(first).graph
+  held = [onnx.numpy_helper.to_array(t) for t in graph.initializer]
+  codes = [a for a in held if a.dtype == "int8" and a.ndim == 2 and a.size > 100]
+  zeros = sum((a == 0).sum() for a in codes) / sum(a.size for a in codes)
+  assert zeros > 0.45
+  # As if it had been killed before the stage was whole.
+  shutil.rmtree(root / "stages" / "2-exported")
+  (root / "result.json").unlink()
+  exported.write_bytes(b"half")
+  runner.run(reference, workdir=root)
+  assert exported.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"format": "onx"}, "unknown format 'onx'; did you mean 'onnx'"),
+    ({"format": "onnx", "type": "int3"}, "unknown type of format 'onnx' 'int3'"),
+    ({"format": "hf", "type": "int8"}, "type belongs to format gguf or onnx"),
+    ({"format": "hf", "architecture": "lama"}, "lama"),
+    ({"format": "hf"}, "masked"),
+  ],
+)
+def test_mistakes_show_before_anything_runs(tmp_path, options, message):
+  reference = _write(tmp_path, **options)
+  with pytest.raises(errors.InputError) as caught:
+    runner.run(reference, workdir=tmp_path / "run")
+  assert message in str(caught.value)
+  assert "\n" not in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_pipeline_is_pruned_to_half_and_ends_in_codes():
+  path = str(ROOT / "configs" / "pipeline.py")
+  for arg in ("", ":smoke"):
+    plan = plan_lib.make(config_lib.load(path + arg))
+  names = [stage.name for stage in plan.config.stages]
+  made = dict(zip(names, plan.outcomes, strict=True))
+  for name in ("gradual", "distilled", "tuned"):
+    leaf = tree_lib.flatten(made[name].params)["run_0/layer_0/mlp/up"]
+    assert isinstance(leaf, masked.Masked)
+  leaf = tree_lib.flatten(made["exported"].params)["run_0/layer_0/mlp/up"]
+  assert isinstance(leaf.values, quantized.Quantized)
+
+
+def test_groups_are_planned_by_every_score():
+  path = str(ROOT / "configs" / "structured.py")
+  plan = plan_lib.make(config_lib.load(path))
+  rows = dict(zip([s.name for s in plan.config.stages], plan.outcomes, strict=True))
+  heads = rows["heads-fisher-0"].model.config.layers[1].mixer_options
+  assert (heads["num_heads"], heads["num_kv_heads"]) == (2, 2)
+  assert rows["layers-loss-2"].model.config.num_layers == 4
