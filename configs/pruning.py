@@ -47,8 +47,8 @@ two busy cores); lost as above, with three draws of calibration text:
 Alone, wanda loses 411 ± 3 and sparsegpt 239 ± 3. Pruning first is better than last, by
 24 to 30. The one sweep for both is not better than GPTQ after SparseGPT by more than
 the draws differ (-3, -7 and +2); it saves a calibration. Packed, the file is 34 % of
-the float32 one, 1.51 of 4.48 MB, of which 1.05 are the embedding, which nothing was done
-to; under a mask it is larger (1.72 MB) than int4 alone (1.61 MB).
+the float32 one, 1.51 of 4.48 MB, of which 1.05 are the embedding, left as it was; under
+a mask it is larger (1.72 MB) than int4 alone (1.61 MB).
 """
 
 import ml_collections
