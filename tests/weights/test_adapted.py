@@ -7,8 +7,8 @@ import pytest
 
 from effjax.core import errors, partition
 from effjax.measure import bytes as bytes_lib
-from effjax.measure import flops
 from effjax.measure import leaves as measure_leaves
+from effjax.ops import flops
 from effjax.weights import verbs
 from effjax.weights.leaves import adapted, block_sparse, low_rank, masked, n_of_m
 from tests.conformance import leaf_kinds
