@@ -7,6 +7,7 @@ technique holds a table of one architecture's layer names.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -91,16 +92,29 @@ def specs(model: Any) -> dict[str, Any]:
     model: a Linen module with `example_inputs()`, the positional arguments of one
       call; it is only traced, nothing is computed.
   """
+  try:
+    hash(model)
+  except TypeError:  # A model of somebody else may have fields that cannot be.
+    return tree_lib.unflatten(_declared(model))
+  return tree_lib.unflatten(_cached(model))
+
+
+def _declared(model: Any) -> dict[str, ParamSpec]:
+  """The specs of a model by path."""
   with recording() as found:
     variables = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())
   shapes = tree_lib.flatten(variables["params"])
   if shapes.keys() != found.keys():
     odd = sorted(shapes.keys() ^ found.keys())
     raise ValueError(f"parameters not declared through weight(): {odd[:3]}")
-  complete = {
+  return {
     path: _complete(path, found[path], leaf, shapes) for path, leaf in shapes.items()
   }
-  return tree_lib.unflatten(complete)
+
+
+# A recipe asks for the specs of the same few models again and again, and each time the
+# whole model would be traced.
+_cached = functools.lru_cache(maxsize=64)(_declared)
 
 
 def _complete(
