@@ -22,14 +22,19 @@ from effjax.measure import config as measure_config
 from effjax.models import config as model_config
 from effjax.models import encoder_config
 from effjax.parallel import mesh as mesh_lib
-from effjax.recipe import files, overrides
+from effjax.recipe import files, overrides, rewinding
 from effjax.train import config as train_config
 
 TRAIN = "train"
 IMPORT = "import"
 EXPORT = "export"
-# What changes no parameters that a selection could be of.
-_WHOLE = (IMPORT, EXPORT)
+REWIND = "rewind"
+# What takes the whole model, and the options it has.
+_WHOLE = {
+  IMPORT: import_config.ImportOptions,
+  EXPORT: exports.ExportOptions,
+  REWIND: rewinding.RewindOptions,
+}
 # What `after` says to start from the freshly initialized model.
 INIT = "init"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -42,8 +47,8 @@ class StageConfig:
   Attributes:
     name: unique; also names the stage's folder.
     technique: "train", "import" (a model from elsewhere, only as the first stage),
-      "export" (writes a file or folder that others read), or a transform of `effjax
-      list transforms`.
+      "export" (writes a file or folder that others read), "rewind" (masks over the
+      weights of an earlier stage), or a transform of `effjax list transforms`.
     after: the earlier stage it starts from; None for the one before it, "init" for the
       freshly initialized model (what the first stage starts from anyway).
     where: which parameters (see core.select); None for the technique's default, which
@@ -64,7 +69,7 @@ class StageConfig:
       bool(_NAME.fullmatch(self.name)) and self.name != INIT,
       f"name={self.name!r} must be letters, digits, '.', '_' or '-', and not {INIT!r}",
     )
-    known = (TRAIN, IMPORT, EXPORT, *transforms.names())
+    known = (TRAIN, *_WHOLE, *transforms.names())
     if self.technique not in known:
       raise errors.unknown("technique", self.technique, known)
     # Defaults are filled in, so that config.json says what really ran.
@@ -73,7 +78,7 @@ class StageConfig:
     where = self.build_where()
     config_lib.require(
       self.technique not in _WHOLE or where == select_lib.Where(),
-      f"an {self.technique} takes the whole model: leave out where",
+      f"{self.technique!r} takes the whole model: leave out where",
     )
     object.__setattr__(self, "where", config_lib.to_dict(where))
 
@@ -81,10 +86,8 @@ class StageConfig:
     """The options dataclass of the technique."""
     if self.technique == TRAIN:
       return config_lib.build(train_config.TrainConfig, self.options, "options")
-    if self.technique == IMPORT:
-      return config_lib.build(import_config.ImportOptions, self.options, "options")
-    if self.technique == EXPORT:
-      return config_lib.build(exports.ExportOptions, self.options, "options")
+    if self.technique in _WHOLE:
+      return config_lib.build(_WHOLE[self.technique], self.options, "options")
     return transforms.find(self.technique).options(self.options)
 
   def build_where(self) -> select_lib.Where:
@@ -121,6 +124,7 @@ class Config:
     config_lib.require(bool(self.stages), "stages must hold at least one stage")
     self._check_tree()
     self._check_teachers()
+    self._check_rewinds()
     self._resolve_import()
     self._check_lengths()
     config_lib.require(
@@ -213,6 +217,19 @@ class Config:
         name is None or name in earlier,
         f"config.stages[{i}] ({stage.name}): teacher={name!r} is not an earlier stage; "
         f"those before it are: {', '.join(earlier) or 'none'}",
+      )
+
+  def _check_rewinds(self) -> None:
+    for i, stage in enumerate(self.stages):
+      if stage.technique != REWIND:
+        continue
+      to, earlier = stage.options["to"], [other.name for other in self.stages[:i]]
+      if self.stages[0].technique != IMPORT:
+        earlier.append(INIT)
+      config_lib.require(
+        to in earlier,
+        f"config.stages[{i}] ({stage.name}): to={to!r} is not an earlier stage; there "
+        f"are {', '.join(earlier) or 'none'}",
       )
 
   def teacher(self, index: int) -> int | None:

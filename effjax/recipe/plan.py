@@ -28,6 +28,7 @@ from effjax.optim import sparsity
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, sharding
 from effjax.recipe import config as config_lib
+from effjax.recipe import rewinding
 from effjax.train import adapters, masks
 from effjax.train import state as state_lib
 
@@ -109,7 +110,11 @@ def make(config: config_lib.Config) -> Plan:
     with _naming(i, stage.name):
       if (teacher := config.teacher(i)) is not None:
         _check_teacher(outcomes[teacher].model, start.model)
-      made = _outcome(plan, stage, start)
+      if stage.technique == config_lib.REWIND:
+        named = dict(zip([s.name for s in config.stages], outcomes, strict=False))
+        made = _rewound(start, named.get(stage.options["to"], first))
+      else:
+        made = _outcome(plan, stage, start)
       plan.shardings(made.params, made.specs)
     outcomes.append(made)
   return dataclasses.replace(plan, outcomes=tuple(outcomes))
@@ -171,6 +176,12 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
   )
   specs = compress.specs_of(start.model, model, start.specs)
   return Outcome(model=model, specs=specs, params=params)
+
+
+def _rewound(start: Outcome, to: Outcome) -> Outcome:
+  """What a rewind makes, of shapes."""
+  params = jax.eval_shape(rewinding.rewound, start.params, to.params)
+  return dataclasses.replace(start, params=params)
 
 
 def _trained(

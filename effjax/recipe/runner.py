@@ -26,6 +26,7 @@ from effjax.recipe import (
   files,
   folder,
   import_stage,
+  rewind_stage,
   train_stage,
   transform_stage,
 )
@@ -105,6 +106,7 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
     config_lib.TRAIN: train_stage,
     config_lib.IMPORT: import_stage,
     config_lib.EXPORT: export_stage,
+    config_lib.REWIND: rewind_stage,
   }
   made = kinds.get(stage.technique, transform_stage).run(session, index)
   about = rows.Stage(

@@ -67,13 +67,17 @@ class Session:
     stage = stages.load_stage(self.folder(parent), self.plan.mesh, preset)
     return stage.model, stage.params, stage.specs
 
-  def fresh_params(self) -> dict[str, Any]:
-    """Freshly initialized parameters, each where it belongs on the mesh."""
+  def fresh_params(self, seed: int | None = None) -> dict[str, Any]:
+    """Freshly initialized parameters, each where it belongs on the mesh.
+
+    Args:
+      seed: None for that of the config.
+    """
     model = self.plan.model
     init = lambda key: model.init(key, *model.example_inputs())["params"]
     shardings = self.plan.shardings(self.plan.fresh)
     compiled = compiling.jit_once(init, out_shardings=shardings)
-    return compiled(jax.random.key(self.config.seed))
+    return compiled(jax.random.key(self.config.seed if seed is None else seed))
 
   def eval_set(self, max_bytes: int | None = None) -> evaluation.EvalSet:
     """What is scored: the validation text, or its first `max_bytes`; all examples."""

@@ -44,6 +44,8 @@ class PruneOptions:
     packed: whether only what stays is held, and its places: of an "N:M" pattern (leaf
       n_of_m), or of blocks with within="output" (leaf block_sparse); else the whole
       weight is, under a mask, until the transform `pack` takes it away.
+    again: takes what is masked already, of which no entry comes back: `sparsity` then
+      counts those that are gone (rounds of iterative pruning).
   """
 
   sparsity: float | None = None
@@ -51,6 +53,7 @@ class PruneOptions:
   budget: str = "global"
   within: str = "matrix"
   packed: bool = False
+  again: bool = False
 
   def __post_init__(self):
     pattern = self.build_pattern()
@@ -69,6 +72,10 @@ class PruneOptions:
       self.within == "matrix" or (pattern.has_outputs and self.budget != "global"),
       f"within='output' compares what is of one output, with a budget for each matrix; "
       f"not with pattern={self.pattern!r} and budget={self.budget!r}",
+    )
+    config.require(
+      not (self.again and self.packed),
+      "again=True and packed=True: what is masked cannot be packed in the same stage",
     )
     # As many in each column, and a number that is known before anything is scored.
     even = self.within == "output" and self.budget in ("uniform", "erk")
@@ -119,6 +126,7 @@ def prune(
   flat, about = tree_lib.flatten(params), tree_lib.flatten(specs)
   scores: dict[str, jax.Array] = {}
   turned: set[str] = set()
+  before: dict[str, jax.Array] = {}
   for path in sorted(paths):
     leaf, kind = flat[path], about[path].kind
     if kind not in KINDS:
@@ -127,8 +135,7 @@ def prune(
       )
     if options.packed:
       merged.require(f"{name} with packed=True", path, leaf)
-    if _is_pruned(leaf):
-      raise errors.InputError(f"{path} is already pruned; start after an earlier stage")
+    old = _open_mask(path, leaf, options)
     w = verbs.dense(leaf)
     if kind == "embedding":
       turned.add(path)
@@ -137,8 +144,14 @@ def prune(
       scores[path] = score(path, w)
     except errors.InputError as error:
       raise errors.InputError(f"{path}: {error}") from None
+    if old is not None:
+      before[path] = jnp.swapaxes(old, -1, -2) if kind == "embedding" else old
+      # No score is below 0: what is gone goes first.
+      scores[path] = jnp.where(before[path], scores[path], 0)
+      flat[path] = leaf.values
   layers, stacked = layers_of(scores, about)
   masks = choose(scores, options, layers, stacked)
+  masks |= {path: masks[path] & old for path, old in before.items()}
   shares = {}
   if options.packed and options.budget == "erk":
     shares = sparsities(scores, options, layers, stacked)
@@ -149,6 +162,21 @@ def prune(
     share = shares.get(path, options.share)
     flat[path] = leaf_of(path, flat[path], mask, axis, options, share)
   return tree_lib.unflatten(flat)
+
+
+def _open_mask(path: str, leaf: Any, options: PruneOptions) -> jax.Array | None:
+  """The mask of a parameter that may be pruned further, None if it has none."""
+  if not _is_pruned(leaf):
+    return None
+  if isinstance(leaf, masked.Masked) and leaf.is_array:
+    if options.again:
+      return leaf.mask()
+    hint = ", or prune it further with again=True"
+  else:
+    hint = ""
+  raise errors.InputError(
+    f"{path} is already pruned; start after an earlier stage{hint}"
+  )
 
 
 def _is_pruned(leaf: Any) -> bool:
