@@ -12,51 +12,18 @@ from effjax.recipe import config as config_lib
 from effjax.recipe import plan as plan_lib
 from effjax.recipe import runner
 from effjax.weights.leaves import masked, quantized
+from tests.recipe import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-_CONFIG = '''"""Prunes, rounds and exports an untrained model."""
-import ml_collections
-
-
-def get_config(arg=""):
-  c = ml_collections.ConfigDict()
-  c.data = {
-    "corpus": "text_files",
-    "options": {"paths": (TEXTS,)},
-    "tokenizer": "bytes",
-    "vocab_size": 257,
-    "sequence_length": 32,
-    "batch_size": 2,
-    "eval_bytes": 200,
-  }
-  c.model = {
-    "vocab_size": 257,
-    "embed_dim": 16,
-    "num_layers": 1,
-    "mixer_options": {
-      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-    },
-    "max_len": 64,
-  }
-  c.measure = {"latency": False, "xz_preset": 0}
-  c.stages = (
-    {"name": "pruned", "technique": "magnitude"},
-    {"name": "int8", "technique": "rtn", "options": {"bits": 8, "group": 0}},
-    {"name": "exported", "technique": "export", "options": OPTIONS},
-  )
-  return c
-'''
-
 
 def _write(folder, **options):
-  texts = folder / "texts"
-  texts.mkdir(exist_ok=True)
-  (texts / "a.txt").write_text("a little text to score, again and again\n" * 40)
-  path = folder / "tiny.py"
-  text = _CONFIG.replace("TEXTS", repr(str(texts / "*.txt")))
-  path.write_text(text.replace("OPTIONS", repr(options)))
-  return str(path)
+  stages = (
+    {"name": "pruned", "technique": "magnitude"},
+    {"name": "int8", "technique": "rtn", "options": {"bits": 8, "group": 0}},
+    {"name": "exported", "technique": "export", "options": options},
+  )
+  return tiny.write(folder, stages)
 
 
 def test_an_export_stands_in_the_run_folder_and_is_written_again(tmp_path):

@@ -17,58 +17,32 @@ from effjax.recipe import api, rewinding, runner
 from effjax.recipe import config as config_lib
 from effjax.recipe import plan as plan_lib
 from effjax.weights.leaves import masked
-
-_CONFIG = '''"""Two rounds of iterative pruning with rewinding."""
-import ml_collections
+from tests.recipe import tiny
 
 
-def get_config(arg=""):
+def _stages():
+  """Two rounds of iterative pruning with rewinding."""
   training = {"num_steps": 2, "optimizer": {"learning_rate": 0.01}}
-  gone = lambda share: {"sparsity": share, "again": True, "budget": "uniform"}
-  c = ml_collections.ConfigDict()
-  c.data = {
-    "corpus": "text_files",
-    "options": {"paths": (TEXTS,)},
-    "tokenizer": "bytes",
-    "vocab_size": 257,
-    "sequence_length": 32,
-    "batch_size": 2,
-    "eval_bytes": 200,
-  }
-  c.model = {
-    "vocab_size": 257,
-    "embed_dim": 16,
-    "num_layers": 1,
-    "mixer_options": {
-      "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-    },
-    "max_len": 64,
-  }
-  c.measure = {"latency": False, "xz_preset": 0}
-  c.stages = (
-    {"name": "early", "technique": "train", "options": training},
-    {"name": "full", "technique": "train", "options": training},
-    {"name": "first", "technique": "magnitude", "options": gone(0.4)},
-    {"name": "ticket", "technique": "rewind", "options": {"to": "early"}},
-    {"name": "trained", "technique": "train", "options": training},
-    {"name": "second", "technique": "magnitude", "options": gone(0.64)},
-    {"name": "ticket-2", "technique": "rewind", "options": {"to": "early"}},
-    {
-      "name": "other",
-      "technique": "rewind",
-      "after": "second",
-      "options": {"to": "init", "seed": 1},
-    },
-  )
-  return c
-'''
+  for name, technique, after, options in (
+    ("early", "train", None, training),
+    ("full", "train", None, training),
+    ("first", "magnitude", None, _gone(0.4)),
+    ("ticket", "rewind", None, {"to": "early"}),
+    ("trained", "train", None, training),
+    ("second", "magnitude", None, _gone(0.64)),
+    ("ticket-2", "rewind", None, {"to": "early"}),
+    ("other", "rewind", "second", {"to": "init", "seed": 1}),
+  ):
+    yield {"name": name, "technique": technique, "after": after, "options": options}
+
+
+def _gone(share):
+  return {"sparsity": share, "again": True, "budget": "uniform"}
 
 
 def test_tickets_have_early_weights_under_ever_smaller_masks(tmp_path):
-  (tmp_path / "a.txt").write_text("a little text to train on, again and again\n" * 60)
-  path = tmp_path / "lottery.py"
-  path.write_text(_CONFIG.replace("TEXTS", repr(str(tmp_path / "*.txt"))))
-  root = runner.run(str(path), workdir=tmp_path / "run")
+  reference = tiny.write(tmp_path, list(_stages()))
+  root = runner.run(reference, workdir=tmp_path / "run")
   flat = {
     stage: tree_lib.flatten(api.load(root, stage).params)
     for stage in ("early", "full", "first", "ticket", "second", "ticket-2", "other")
