@@ -30,9 +30,9 @@ def markdown(study: Any, results: Results) -> str:
   parts = [_rates(study, results), *_methods(study, results)]
   if len(study.budgets) > 1:
     parts.append(_budgets(study, results))
-  parts.append(_lottery(study, results))
-  hours = sum(cell["secs"] for cell in results.values()) / 60
-  parts.append(f"{len(results)} cells, {hours:.0f} minutes in all.")
+  parts += [_more(study, results), _lottery(study, results)]
+  minutes = sum(cell["secs"] for cell in results.values()) / 60
+  parts.append(f"{len(results)} cells, {minutes:.0f} minutes in all.")
   return "\n\n".join(parts) + "\n"
 
 
@@ -65,6 +65,24 @@ def _budgets(study: Any, results: Results) -> str:
     gaps = [_gap(at(m, "erk"), at(m, "uniform")) for m in _NAMES]
     rows.append([f"{100 * sparsity:g} %", *gaps])
   return _table(["ERK - uniform, sparsity", *_NAMES.values()], rows)
+
+
+def _more(study: Any, results: Results) -> str:
+  """The highest sparsity with other numbers of steps."""
+  sparsity, usual = max(study.sparsities), study.plan.every
+  rows = []
+  for budget in study.budgets:
+    for longer, every in ((1, usual), *study.more):
+      at = {}
+      for method in ("static", "set", "rigl"):
+        start = f"x{longer}-every-{usual if method == 'static' else every}-"
+        start = "" if longer == 1 and (method == "static" or every == usual) else start
+        at[method] = score(results, f"{start}{method}-{sparsity:g}-{budget}")
+      gaps = [_gap(at[a], at[b]) for a, b in (*_PAIRS[:2], ("rigl", "static"))]
+      steps = f"{longer * study.plan.num_steps:,}"
+      rows.append([budget, steps, str(every), *map(_mean, at.values()), *gaps])
+  heads = [f"{100 * sparsity:g} %", "steps", "between changes", "static", "SET", "RigL"]
+  return _table([*heads, "SET - static", "RigL - SET", "RigL - static"], rows)
 
 
 def _lottery(study: Any, results: Results) -> str:
