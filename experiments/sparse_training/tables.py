@@ -132,10 +132,16 @@ def plot(study: Any, results: Results, path: pathlib.Path) -> None:
   left.set_title("sparse from the start (GMP: at the end)")
   right.set_title("lottery: pruned in rounds and rewound")
   left.set_ylabel("test accuracy at the last step, %")
-  for axes in (left, right):
+  shown = (
+    (left, [1 - s for s in study.sparsities]),
+    (right, [_left(results, r) for r in range(1, study.rounds + 1)]),
+  )
+  for axes, x in shown:
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_xlabel("share of hidden weights that is there")
+    axes.set_xticks(x, [f"{100 * share:.3g}" for share in x])
+    axes.minorticks_off()
+    axes.set_xlabel("hidden weights that are there, %")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
   figure.tight_layout()
