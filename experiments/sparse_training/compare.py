@@ -40,6 +40,8 @@ class Study:
     sparsities, budgets: of each method.
     rounds: of the lottery.
     rewind: step that its weights are rewound to.
+    more: times the steps, and steps between changes, with which the highest sparsity
+      is trained once more.
   """
 
   plan: network_lib.Plan = network_lib.Plan()
@@ -48,6 +50,7 @@ class Study:
   budgets: tuple[str, ...] = BUDGETS
   rounds: int = lottery.ROUNDS
   rewind: int = lottery.REWIND
+  more: tuple[tuple[int, int], ...] = ((1, 400), (3, 100), (3, 400))
 
 
 class Run:
@@ -57,7 +60,7 @@ class Run:
     self, study: Study, data: Mapping[str, network_lib.Split], workdir: pathlib.Path
   ):
     self.study, self.data, self.workdir = study, data, workdir
-    self._networks: dict[float, network_lib.Network] = {}
+    self._networks: dict[Any, network_lib.Network] = {}
     workdir.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(dataclasses.asdict(study)))
     path = workdir / "study.json"
@@ -79,7 +82,19 @@ class Run:
     for round_ in range(1, self.study.rounds + 1):
       for variant in VARIANTS:
         self._lottery(rate, round_, variant)
+    for longer, every in self.study.more:
+      self.train_more(rate, longer, every)
     return self.results()
+
+  def train_more(self, rate: float, longer: int, every: int) -> None:
+    """The highest sparsity with other numbers of steps, and between changes."""
+    sparsity = max(self.study.sparsities)
+    for budget in self.study.budgets:
+      for method in ("static", "set", "rigl"):
+        name = more_name(method, sparsity, budget, longer, every)
+        if method == "static" and every != self.study.plan.every:
+          continue
+        self._cell(name, rate, method, sparsity, budget, longer, every)
 
   def results(self) -> dict[str, dict[str, Any]]:
     """What is finished."""
@@ -94,21 +109,33 @@ class Run:
     score = lambda rate: np.mean(found[f"rate-{rate}"]["validation"])
     return max(self.study.rates, key=score)
 
-  def _network(self, rate: float) -> network_lib.Network:
-    if rate not in self._networks:
-      self._networks[rate] = network_lib.Network(self.study.plan, self.data, rate)
-    return self._networks[rate]
+  def _network(
+    self, rate: float, longer: int = 1, every: int | None = None
+  ) -> network_lib.Network:
+    plan = self.study.plan
+    num_steps, every = longer * plan.num_steps, every or plan.every
+    plan = dataclasses.replace(plan, num_steps=num_steps, every=every)
+    if (rate, plan) not in self._networks:
+      self._networks[rate, plan] = network_lib.Network(plan, self.data, rate)
+    return self._networks[rate, plan]
 
   def _done(self, name: str) -> bool:
     return (self.workdir / "cells" / f"{name}.json").exists()
 
   def _cell(
-    self, name: str, rate: float, method: str, sparsity: float, budget: str
+    self,
+    name: str,
+    rate: float,
+    method: str,
+    sparsity: float,
+    budget: str,
+    longer: int = 1,
+    every: int | None = None,
   ) -> None:
     if self._done(name):
       return
     start = time.perf_counter()
-    network = self._network(rate)
+    network = self._network(rate, longer, every)
     params, masks = methods.train(network, method, sparsity, budget)
     self._keep(name, rate, params, masks, start)
 
@@ -167,6 +194,13 @@ class Run:
 def cell_name(method: str, sparsity: float, budget: str) -> str:
   """Name of a cell of sparse training."""
   return f"{method}-{sparsity:g}-{budget}"
+
+
+def more_name(
+  method: str, sparsity: float, budget: str, longer: int, every: int
+) -> str:
+  """Name of a cell with other numbers of steps."""
+  return f"x{longer}-every-{every}-{cell_name(method, sparsity, budget)}"
 
 
 def main() -> None:

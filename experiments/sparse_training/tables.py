@@ -30,9 +30,9 @@ def markdown(study: Any, results: Results) -> str:
   parts = [_rates(study, results), *_methods(study, results)]
   if len(study.budgets) > 1:
     parts.append(_budgets(study, results))
-  parts.append(_lottery(study, results))
-  hours = sum(cell["secs"] for cell in results.values()) / 60
-  parts.append(f"{len(results)} cells, {hours:.0f} minutes in all.")
+  parts += [_more(study, results), _lottery(study, results)]
+  minutes = sum(cell["secs"] for cell in results.values()) / 60
+  parts.append(f"{len(results)} cells, {minutes:.0f} minutes in all.")
   return "\n\n".join(parts) + "\n"
 
 
@@ -65,6 +65,24 @@ def _budgets(study: Any, results: Results) -> str:
     gaps = [_gap(at(m, "erk"), at(m, "uniform")) for m in _NAMES]
     rows.append([f"{100 * sparsity:g} %", *gaps])
   return _table(["ERK - uniform, sparsity", *_NAMES.values()], rows)
+
+
+def _more(study: Any, results: Results) -> str:
+  """The highest sparsity with other numbers of steps."""
+  sparsity, usual = max(study.sparsities), study.plan.every
+  rows = []
+  for budget in study.budgets:
+    for longer, every in ((1, usual), *study.more):
+      at = {}
+      for method in ("static", "set", "rigl"):
+        start = f"x{longer}-every-{usual if method == 'static' else every}-"
+        start = "" if longer == 1 and (method == "static" or every == usual) else start
+        at[method] = score(results, f"{start}{method}-{sparsity:g}-{budget}")
+      gaps = [_gap(at[a], at[b]) for a, b in (*_PAIRS[:2], ("rigl", "static"))]
+      steps = f"{longer * study.plan.num_steps:,}"
+      rows.append([budget, steps, str(every), *map(_mean, at.values()), *gaps])
+  heads = [f"{100 * sparsity:g} %", "steps", "between changes", "static", "SET", "RigL"]
+  return _table([*heads, "SET - static", "RigL - SET", "RigL - static"], rows)
 
 
 def _lottery(study: Any, results: Results) -> str:
@@ -114,10 +132,16 @@ def plot(study: Any, results: Results, path: pathlib.Path) -> None:
   left.set_title("sparse from the start (GMP: at the end)")
   right.set_title("lottery: pruned in rounds and rewound")
   left.set_ylabel("test accuracy at the last step, %")
-  for axes in (left, right):
+  shown = (
+    (left, [1 - s for s in study.sparsities]),
+    (right, [_left(results, r) for r in range(1, study.rounds + 1)]),
+  )
+  for axes, x in shown:
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_xlabel("share of hidden weights that is there")
+    axes.set_xticks(x, [f"{100 * share:.3g}" for share in x])
+    axes.minorticks_off()
+    axes.set_xlabel("hidden weights that are there, %")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
   figure.tight_layout()

@@ -105,11 +105,16 @@ def test_weights_are_rewound_and_controls_differ(network):
 
 def test_the_study_resumes_and_reports(data, tmp_path, capsys):
   study = compare.Study(
-    plan=PLAN, rates=(0.05, 0.1), sparsities=(0.5, 0.75), rounds=2, rewind=4
+    plan=PLAN,
+    rates=(0.05, 0.1),
+    sparsities=(0.5, 0.75),
+    rounds=2,
+    rewind=4,
+    more=((1, 4), (2, 2)),
   )
   first = compare.Run(study, data, tmp_path)
   results = first.all()
-  assert len(results) == 2 + 1 + 2 * 2 * 4 + 2 * 3
+  assert len(results) == 2 + 1 + 2 * 2 * 4 + 2 * 3 + 2 * (2 + 3)
   # A cell that is gone is made again, the same; others are left alone.
   gone = tmp_path / "cells" / "lottery-2-ticket.json"
   gone.unlink()
