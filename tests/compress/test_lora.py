@@ -18,6 +18,7 @@ from effjax.weights import verbs
 from effjax.weights.leaves import (
   adapted,
   block_sparse,
+  compressed,
   low_rank,
   masked,
   n_of_m,
@@ -35,6 +36,7 @@ PRUNED = {
   masked.Masked: ("magnitude", {"sparsity": 0.7}),
   n_of_m.NOfM: ("magnitude", {"pattern": "2:4", "packed": True}),
   block_sparse.BlockSparse: ("magnitude", BLOCKS),
+  compressed.Compressed: ("magnitude", {"sparsity": 0.7}),
 }
 
 
@@ -43,6 +45,13 @@ def _apply(name, leaf, spec=MATRIX, **options):
   return transforms.find(name)({"w": leaf}, {"w": spec}, where=where, options=options)[
     "w"
   ]
+
+
+def _pruned(kind, w, spec=MATRIX):
+  """A leaf of a sparse kind."""
+  name, options = PRUNED[kind]
+  leaf = _apply(name, w, spec, **options)
+  return _apply("pack", leaf, spec) if kind is compressed.Compressed else leaf
 
 
 def _trained(leaf):
@@ -104,8 +113,7 @@ def test_a_plain_weight_takes_up_the_sum(w):
 @pytest.mark.parametrize("spec", [MATRIX, EMBEDDING], ids=["matrix", "embedding"])
 @pytest.mark.parametrize("kind", PRUNED)
 def test_a_pruned_weight_trains_and_merges_as_the_same_sparse_one(kind, spec, w):
-  name, options = PRUNED[kind]
-  before = _apply(name, w, spec, **options)
+  before = _pruned(kind, w, spec)
   leaf = _apply("lora", before, spec)
   np.testing.assert_array_equal(leaf.dense(), before.dense())
   leaf = _trained(leaf)
@@ -120,8 +128,7 @@ def test_a_pruned_weight_trains_and_merges_as_the_same_sparse_one(kind, spec, w)
 
 @pytest.mark.parametrize("kind", PRUNED)
 def test_a_dense_addition_gives_up_its_zeros_or_a_part_of_itself(kind, w, caplog):
-  name, options = PRUNED[kind]
-  before = _apply(name, w, **options)
+  before = _pruned(kind, w)
   leaf = _apply("lora", before, keep_zeros=False)
   assert isinstance(leaf, adapted.Adapted) and isinstance(leaf.base, kind)
   leaf = _trained(leaf)

@@ -33,13 +33,8 @@ import jax.numpy as jnp
 
 from effjax.core import config, errors, select, technique
 from effjax.core import tree as tree_lib
-from effjax.weights.leaves import (
-  adapted,
-  block_sparse,
-  fake_quantized,
-  masked,
-  n_of_m,
-)
+from effjax.weights import leaf as leaf_lib
+from effjax.weights.leaves import adapted, fake_quantized, masked
 
 _KINDS = ("matrix", "embedding", "router")
 
@@ -132,7 +127,7 @@ def _adapted(
 
 def _mask(leaf: Any) -> jax.Array | None:
   """What a pruned weight keeps, bool; None for any other."""
-  if isinstance(leaf, masked.Masked | n_of_m.NOfM | block_sparse.BlockSparse):
+  if leaf_lib.is_leaf_kind(leaf) and leaf.pruned:
     return leaf.mask()
   return _mask(leaf.values) if isinstance(leaf, fake_quantized.FakeQuantized) else None
 

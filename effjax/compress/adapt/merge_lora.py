@@ -30,6 +30,7 @@ from effjax.weights import leaf as leaf_lib
 from effjax.weights.leaves import (
   adapted,
   block_sparse,
+  compressed,
   low_rank,
   masked,
   n_of_m,
@@ -37,7 +38,6 @@ from effjax.weights.leaves import (
 )
 
 log = logging.getLogger(__name__)
-_SPARSE = (masked.Masked, n_of_m.NOfM, block_sparse.BlockSparse)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def _merge(leaf: Any, options: MergeLoRAOptions) -> Any:
   """One parameter, under jit so that it keeps its sharding and needs no second copy."""
   base = _base(leaf)
   mask = leaf.mask() if isinstance(leaf, masked.Masked) else None
-  if mask is None and isinstance(base, _SPARSE) and options.keep_zeros:
+  if mask is None and _is_pruned(base) and options.keep_zeros:
     mask = base.mask()
   if mask is not None:
     return _pruned(base, leaf.dense(), mask)
@@ -120,7 +120,13 @@ def _pruned(base: Any, w: jax.Array, mask: jax.Array) -> leaf_lib.Leaf:
   if isinstance(base, block_sparse.BlockSparse):
     count = base.rows.shape[-1]
     return block_sparse.BlockSparse.create(w, mask, base.block, count, axis=base.axis)
+  if isinstance(base, compressed.Compressed):
+    return base.refill(w)
   return masked.Masked.create(w, mask)
+
+
+def _is_pruned(leaf: Any) -> bool:
+  return leaf_lib.is_leaf_kind(leaf) and leaf.pruned
 
 
 def _base(leaf: Any) -> Any:
@@ -133,7 +139,7 @@ def _is_cut(leaf: Any, options: MergeLoRAOptions) -> bool:
   if not (options.keep_zeros and isinstance(leaf, adapted.Adapted)):
     return False
   # A plan traces this on shapes, of which there is nothing to say.
-  return isinstance(leaf.base, _SPARSE) and not isinstance(leaf.up, jax.core.Tracer)
+  return _is_pruned(leaf.base) and not isinstance(leaf.up, jax.core.Tracer)
 
 
 def _takes_floats(base: Any) -> bool:
@@ -142,7 +148,9 @@ def _takes_floats(base: Any) -> bool:
     return True
   if isinstance(base, low_rank.LowRank):
     parts = (base.left, base.right)
-  elif isinstance(base, (*_SPARSE, rotated.Rotated)):
+  elif isinstance(base, compressed.Compressed):
+    return base.is_array
+  elif base.pruned or isinstance(base, rotated.Rotated):
     parts = (base.values,)
   else:
     return False
