@@ -9,6 +9,36 @@ Then all but the layers together, to a quarter less parameters, FLOPs or measure
 of all layers; and a short training of what is left.
 
 Command: effjax run --config configs/structured.py
+
+Result (102 rows; 17 minutes of one core, spread over an hour of a busy machine): bits
+per byte lost from the 1.7162 of the model, in 0.0001; means of three with their
+standard deviation. The share of FLOPs that is left stands in the first column.
+
+| left of the FLOPs | random | magnitude | taylor | wanda | fisher |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| neurons, 0.84 | 742 ± 57 | 152 | 340 ± 32 | 146 ± 6 | 146 ± 7 |
+| heads, 0.95 | 374 ± 22 | 376 | 393 ± 59 | 376 ± 0 | 363 ± 12 |
+| kv_groups, 0.94 | 367 ± 101 | 322 | 412 ± 82 | 296 ± 0 | 296 ± 0 |
+| ssm_heads, 0.95 | 893 ± 238 | 674 | 692 ± 32 | 606 ± 1 | 593 ± 26 |
+| layers, 0.73 to 0.76 | 6409 ± 9053 | 804 | 1146 ± 296 | 804 ± 0 | 807 ± 4 |
+
+Of layers "influence" loses 1214, "loss" 804. Neurons, heads and ssm_heads together:
+
+| a quarter less of | random | fisher | FLOPs left | parameters left |
+| --- | ---: | ---: | ---: | ---: |
+| the groups, everywhere | 1559 ± 284 | 713 ± 26 | 0.82 | 0.82 |
+| parameters | 10404 ± 1993 | 114 ± 1 | 0.81 | 0.79 |
+| FLOPs | 4489 ± 790 | 166 ± 3 | 0.78 | 0.76 |
+| FLOPs, then 60 steps | 1637 ± 215 | -51 ± 37 | 0.78 | 0.76 |
+| measured time | 2851 ± 1056 | 312 ± 140 | 0.74 | 0.72 |
+
+(Of all layers; the embedding is not pruned.) With scores that mean the same everywhere
+a budget pays far more than a better score: 713 with the same share in every module, 166
+where the budget decides, for less. With random ones it empties modules. First-order
+scores are close to noise at a minimum, here too; what a group writes into the stream
+(wanda) is as good as the curvature (fisher) at a tenth of the cost. Which query head of
+a key head goes makes no difference. What time was measured beside other work says
+little of this machine.
 """
 
 import ml_collections
