@@ -12,7 +12,7 @@ distillation in place of its second training, as in Prune Once for All (Zafrir e
 
 Command: effjax run --config configs/pipeline.py
 
-Result (one CPU core, 8 minutes): bits per byte, and megabytes on disk.
+Result (one CPU core, 10 minutes): bits per byte, and megabytes on disk.
 
 | | bits/byte | MB |
 | --- | ---: | ---: |
@@ -32,7 +32,7 @@ Not one of the steps beats its shortcut here, a negative result: 400 steps in on
 after pruning at once are better than the 460 of the pipeline, whose learning rate falls
 three times, and the teacher, which is no better trained than its student soon is, takes
 0.0047 from what the text alone gives. All of it is a model far from its end: what half
-of the weights costs (0.0217 between the two long rows) is a fifth of what the steps
+of the weights costs (0.0217 between the two long rows) is a seventh of what the steps
 bring. Pruning and int8 add up: int8 costs nothing in either. Masks are held beside the
 codes, so int8 of the pruned model is larger than that of the dense one until `pack`.
 """

@@ -50,7 +50,7 @@ SMOLLM2 = tuple(
 STRUCTURED = (
   *_groups("neurons", 0.25, ("magnitude", "wanda", "taylor", "fisher")),
   *_groups("kv_groups", 0.34, ("magnitude", "wanda", "taylor", "fisher")),
-  *_groups("layers", 0.2, ("magnitude", "influence", "taylor", "loss")),
+  *_groups("layers", 0.2, ("magnitude", "influence", "taylor")),
 )
 OTHER_BUDGETS = (
   Cell("magnitude-50-global", (("magnitude", {}),), ("magnitude-50",)),
