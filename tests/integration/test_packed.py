@@ -81,9 +81,14 @@ def test_disk_and_memory_are_really_smaller(rows, finished):
   assert rows["int8-packed"]["bytes_on_disk"] < 0.15 * dense
   assert rows["pruned"]["simulated"] == ["bytes", "flops"]
   assert rows["packed"]["simulated"] == ["flops"]
-  folder = next((finished / "stages").glob("*-packed"))
-  files = sum(f.stat().st_size for f in (folder / "params").rglob("*") if f.is_file())
-  assert files < 0.35 * dense  # Orbax's own files, index and all.
+  # Orbax's own files: each array has its place in an index, which weighs on such a
+  # small model.
+  assert _stored(finished, "packed") < 0.5 * _stored(finished, "train")
+
+
+def _stored(finished, stage):
+  (folder,) = (finished / "stages").glob(f"[0-9]-{stage}")
+  return sum(f.stat().st_size for f in (folder / "params").rglob("*") if f.is_file())
 
 
 def test_the_model_is_the_same(rows, finished):
