@@ -1,8 +1,8 @@
 """What a layer costs with fewer groups: parameters, FLOPs, or measured time.
 
 Time is looked up, not predicted: each layer is run at each size that is asked for, as
-in NetAdapt's tables (Yang et al. 2018, arXiv:1804.03230, section 3.3), with random
-weights and inputs, on the device at hand. Other work on the machine shows in it.
+in NetAdapt's tables (Yang et al. 2018, arXiv:1804.03230, section 3.3), with fresh
+weights and random inputs, on the device at hand. Other work on the machine shows in it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.compress import blocks
-from effjax.core import tree as tree_lib
+from effjax.core import compiling
 from effjax.ops import flops
 
 COSTS = ("params", "flops", "latency")
@@ -54,12 +54,14 @@ class LayerCosts:
     positions_BL = jnp.arange(self.tokens, dtype=jnp.int32)[None]
     return blocks.Stream(x_BLD, positions_BL, jnp.ones(shape, jnp.int32))
 
+  def _init(self, layer: blocks.Layer) -> Mapping[str, Any]:
+    """Fresh weights: constants would send all tokens to the same experts."""
+    stream = self._stream()
+    places = (None, stream.positions_BL, stream.segments_BL, None)
+    return layer.module.init(jax.random.key(1), stream.x_BLD, *places)["params"]
+
   def _shapes(self, layer: blocks.Layer) -> Mapping[str, Any]:
-    stream = jax.eval_shape(self._stream)
-    init = lambda key, s: layer.module.init(
-      key, s.x_BLD, None, s.positions_BL, s.segments_BL, None
-    )
-    return jax.eval_shape(init, jax.random.key(0), stream)["params"]
+    return jax.eval_shape(lambda: self._init(layer))
 
   def _params(self, layer: blocks.Layer) -> int:
     return sum(a.size for a in jax.tree.leaves(self._shapes(layer)))
@@ -72,9 +74,7 @@ class LayerCosts:
 
   def _latency(self, layer: blocks.Layer) -> int:
     stream = self._stream()
-    params = tree_lib.map_leaves(
-      lambda path, a: jnp.full(a.shape, 0.01, a.dtype), self._shapes(layer)
-    )
+    params = compiling.jit_once(lambda: self._init(layer))()
     run = lambda: jax.block_until_ready(blocks.run(layer, params, stream))
     run()
     took = []

@@ -6,9 +6,9 @@
 | "random"    | a number drawn                                                         |
 | "taylor"    | size of the loss' first-order change, were its output scaled to nothing|
 | "fisher"    | second-order change: half the mean square of that of single sequences  |
-| "wanda"     | mean square of what it adds to the residual stream                     |
+| "wanda"     | mean squares of what its rows add to the residual stream, summed       |
 | "influence" | of a layer: 1 - cosine between the stream before and after it          |
-| "loss"      | of a layer: the loss without it                                        |
+| "loss"      | of a layer: the loss without it (half N^2 layers run for N of them)    |
 
 A group's output is what it writes into the residual stream: its rows of `down`, of an
 output projection, of an expert. With a gate g = 1 on it, dL/dg is the sum of gradient

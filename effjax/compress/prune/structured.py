@@ -52,7 +52,8 @@ class StructuredOptions:
 
   Attributes:
     groups: one of GROUPS, or several that are not parts of the same modules.
-    score: see `_group_scores`; "influence" and "loss" are of layers.
+    score: see `_group_scores`; "influence" and "loss" are of layers. The default is as
+      good as "fisher" where both were measured, and takes no gradients.
     sparsity: share to remove, in [0, 1): of the groups ("uniform", "global"), or of the
       parameters, FLOPs or time of all layers of the model.
     budget: "uniform" (the same share everywhere), "global" (one threshold over all
@@ -63,7 +64,7 @@ class StructuredOptions:
   """
 
   groups: str | tuple[str, ...] = "neurons"
-  score: str = "taylor"
+  score: str = "wanda"
   sparsity: float = 0.25
   budget: str = "uniform"
   multiple_of: int = 1
