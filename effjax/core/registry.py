@@ -4,6 +4,7 @@ There is no list to edit and no plugin framework: `find("effjax.nn.mixers", "mam
 imports `effjax/nn/mixers/mamba2.py` and returns its module-level `TECHNIQUE`.
 """
 
+import functools
 import importlib
 import pkgutil
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from effjax.core import errors
 
 
+@functools.cache
 def names(package: str) -> tuple[str, ...]:
   """The registry keys of a package, sorted: its public modules that hold a technique.
 
@@ -39,6 +41,8 @@ def find(package: str, name: str, kind: str | None = None) -> Any:
   Raises:
     InputError: there is no such technique; the message names the nearest one.
   """
+  if name not in names(package):
+    names.cache_clear()  # A file may be new, as in a notebook.
   if name not in names(package):
     kind = kind or package.rsplit(".", 1)[-1].rstrip("s")
     raise errors.unknown(kind, name, names(package))

@@ -6,6 +6,7 @@ weights and random inputs, on the device at hand. Other work on the machine show
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping
@@ -35,52 +36,56 @@ class LayerCosts:
     self.cost = cost
     self.tokens = tokens
     self._model = model
-    self._known: dict[blocks.Layer, int] = {}
+    self._timed: dict[blocks.Layer, int] = {}
 
   def of(self, index: int, config: Any) -> int:
     """The cost of layer `index`, were its config this: a count, or nanoseconds."""
-    layers = list(self._model.config.layers)
     # What lends or borrows keys is taken by itself, with keys of its own.
-    layers[index] = dataclasses.replace(config, keys="own")
-    whole = dataclasses.replace(self._model.config, layers=tuple(layers))
-    layer = blocks.Layer(self._model.clone(config=whole).layer(index), whole.share)
-    if layer not in self._known:
-      self._known[layer] = getattr(self, f"_{self.cost}")(layer)
-    return self._known[layer]
+    own = config if config.keys == "own" else dataclasses.replace(config, keys="own")
+    module = self._model.layer(index).clone(config=own)
+    layer = blocks.Layer(module, self._model.config.share)
+    if self.cost != "latency":
+      return _counted(layer, self.cost, self.tokens)
+    if layer not in self._timed:
+      self._timed[layer] = _nanoseconds(layer, self.tokens)
+    return self._timed[layer]
 
-  def _stream(self) -> blocks.Stream:
-    shape = (1, self.tokens)
-    x_BLD = jax.random.normal(jax.random.key(0), (*shape, self._model.config.embed_dim))
-    positions_BL = jnp.arange(self.tokens, dtype=jnp.int32)[None]
-    return blocks.Stream(x_BLD, positions_BL, jnp.ones(shape, jnp.int32))
 
-  def _init(self, layer: blocks.Layer) -> Mapping[str, Any]:
-    """Fresh weights: constants would send all tokens to the same experts."""
-    stream = self._stream()
-    places = (None, stream.positions_BL, stream.segments_BL, None)
-    return layer.module.init(jax.random.key(1), stream.x_BLD, *places)["params"]
+# Stages of a recipe and its plan ask for the same layers again and again.
+@functools.lru_cache(maxsize=4096)
+def _counted(layer: blocks.Layer, cost: str, tokens: int) -> int:
+  """Parameters, or FLOPs; nothing is computed."""
+  params = jax.eval_shape(lambda: _init(layer, tokens))
+  if cost == "params":
+    return sum(a.size for a in jax.tree.leaves(params))
+  run = lambda params, stream: layer(params, stream).x_BLD
+  return flops.dot_flops(run, params, jax.eval_shape(lambda: _stream(layer, tokens)))
 
-  def _shapes(self, layer: blocks.Layer) -> Mapping[str, Any]:
-    return jax.eval_shape(lambda: self._init(layer))
 
-  def _params(self, layer: blocks.Layer) -> int:
-    return sum(a.size for a in jax.tree.leaves(self._shapes(layer)))
+def _nanoseconds(layer: blocks.Layer, tokens: int) -> int:
+  """The median time of a call, of several turns."""
+  stream = _stream(layer, tokens)
+  params = compiling.jit_once(lambda: _init(layer, tokens))()
+  run = lambda: jax.block_until_ready(blocks.run(layer, params, stream))
+  run()
+  took = []
+  for _ in range(_ROUNDS):
+    start = time.perf_counter_ns()
+    for _ in range(_CALLS):
+      run()
+    took.append((time.perf_counter_ns() - start) // _CALLS)
+  return int(statistics.median(took))
 
-  def _flops(self, layer: blocks.Layer) -> int:
-    stream = jax.eval_shape(self._stream)
-    return flops.dot_flops(
-      lambda params, stream: layer(params, stream).x_BLD, self._shapes(layer), stream
-    )
 
-  def _latency(self, layer: blocks.Layer) -> int:
-    stream = self._stream()
-    params = compiling.jit_once(lambda: self._init(layer))()
-    run = lambda: jax.block_until_ready(blocks.run(layer, params, stream))
-    run()
-    took = []
-    for _ in range(_ROUNDS):
-      start = time.perf_counter_ns()
-      for _ in range(_CALLS):
-        run()
-      took.append((time.perf_counter_ns() - start) // _CALLS)
-    return int(statistics.median(took))
+def _stream(layer: blocks.Layer, tokens: int) -> blocks.Stream:
+  shape = (1, tokens)
+  x_BLD = jax.random.normal(jax.random.key(0), (*shape, layer.module.embed_dim))
+  positions_BL = jnp.arange(tokens, dtype=jnp.int32)[None]
+  return blocks.Stream(x_BLD, positions_BL, jnp.ones(shape, jnp.int32))
+
+
+def _init(layer: blocks.Layer, tokens: int) -> Mapping[str, Any]:
+  """Fresh weights: constants would send all tokens to the same experts."""
+  stream = _stream(layer, tokens)
+  places = (None, stream.positions_BL, stream.segments_BL, None)
+  return layer.module.init(jax.random.key(1), stream.x_BLD, *places)["params"]

@@ -4,6 +4,7 @@ Within a family the best stay, and of each of its parts (the query heads of one 
 head, the neurons of one expert) equally many. The budget says how many.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,18 +46,27 @@ def uniform(families: Sequence[groups.Family], options: Any) -> list[int]:
   return found
 
 
-def budgeted(
-  model: Any,
-  families: Sequence[groups.Family],
-  scores: Sequence[np.ndarray],
-  options: Any,
-) -> list[int]:
-  """How many units of each family stay, so that the scores of the rest sum to least.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+  """What there is to choose between, before anything is scored.
+
+  Attributes:
+    sizes: of each family the numbers of units that may stay; of a layer 1 and 0.
+    saved: what each of them saves: units, or a cost.
+    needed: what has to be saved in all.
+  """
+
+  sizes: Sequence[Sequence[int]]
+  saved: Sequence[Sequence[int]]
+  needed: float
+
+
+def choices(model: Any, families: Sequence[groups.Family], options: Any) -> Choices:
+  """The sizes of families under a budget.
 
   Args:
     model: unrolled.
     families: of its parameters.
-    scores: `[E or 1, units]` of each.
     options: budget, sparsity, multiple_of and tokens.
 
   Raises:
@@ -64,12 +74,24 @@ def budgeted(
   """
   sizes = [_possible(model, family, options) for family in families]
   saved, total = _savings(model, families, sizes, options)
+  return _feasible(sizes, saved, total, options)
+
+
+def budgeted(
+  families: Sequence[groups.Family], scores: Sequence[np.ndarray], found: Choices
+) -> list[int]:
+  """How many units of each family stay, so that the scores of the rest sum to least.
+
+  Args:
+    families: see `choices`.
+    scores: `[E or 1, units]` of each.
+    found: the choices.
+  """
   losses = [
     [_lost(family, s, n) for n in own]
-    for family, s, own in zip(families, scores, sizes, strict=True)
+    for family, s, own in zip(families, scores, found.sizes, strict=True)
   ]
-  chosen = _knapsack(saved, losses, options.sparsity * total, total, options)
-  return [own[c] for own, c in zip(sizes, chosen, strict=True)]
+  return _knapsack(found, losses)
 
 
 def best(family: groups.Family, scores: np.ndarray, count: int) -> np.ndarray:
@@ -89,15 +111,12 @@ def best(family: groups.Family, scores: np.ndarray, count: int) -> np.ndarray:
   return units.reshape(family.num_experts, -1)
 
 
-def layers(
-  model: Any, scores: np.ndarray, candidates: Sequence[int], options: Any
-) -> list[int]:
-  """The numbers of the layers that stay.
+def layer_choices(model: Any, candidates: Sequence[int], options: Any) -> Choices:
+  """Which layers may go under a budget; each counts as one, or by its cost.
 
   Args:
     model: unrolled.
-    scores: one a layer.
-    candidates: layers that may go.
+    candidates: numbers of the layers that may go.
     options: budget, sparsity and tokens.
 
   Raises:
@@ -105,24 +124,40 @@ def layers(
   """
   number = len(model.config.layers)
   if options.budget in ("uniform", "global"):
-    gone = round(options.sparsity * number)
+    needed = round(options.sparsity * number)
     config.require(
-      gone <= len(candidates) and gone < number,
-      f"sparsity={options.sparsity} would remove {gone} of {number} layers, of which "
+      needed <= len(candidates) and needed < number,
+      f"sparsity={options.sparsity} would remove {needed} of {number} layers, of which "
       f"{min(len(candidates), number - 1)} can go; ask for less",
     )
-    order = sorted(candidates, key=lambda k: (scores[k], k))
-    return sorted(set(range(number)) - set(order[:gone]))
+    saved = [[0, 1] for _ in candidates]
+    sizes = [(1, 0)] * len(candidates)
+    return Choices(sizes=sizes, saved=saved, needed=float(needed))
   costs = _group_costs.LayerCosts(model, options.budget, options.tokens)
   cost = [costs.of(k, layer) for k, layer in enumerate(model.config.layers)]
   saved = [[0, cost[k]] for k in candidates]
-  losses = [[0.0, float(scores[k])] for k in candidates]
-  needed = options.sparsity * sum(cost)
-  chosen = _knapsack(saved, losses, needed, sum(cost), options)
-  gone = {k for k, c in zip(candidates, chosen, strict=True) if c}
+  sizes = [(1, 0)] * len(candidates)
+  return _feasible(sizes, saved, sum(cost), options)
+
+
+def layers(
+  model: Any, scores: np.ndarray, candidates: Sequence[int], found: Choices
+) -> list[int]:
+  """The numbers of the layers that stay.
+
+  Args:
+    model, candidates: see `layer_choices`.
+    scores: one a layer.
+    found: the choices.
+
+  Raises:
+    InputError: no layer would be left.
+  """
+  number = len(model.config.layers)
+  stays = _knapsack(found, [[0.0, float(scores[k])] for k in candidates])
+  gone = {k for k, one in zip(candidates, stays, strict=True) if not one}
   config.require(
-    len(gone) < number,
-    f"sparsity={options.sparsity} would remove every layer; ask for less",
+    len(gone) < number, "every layer would be removed; ask for less sparsity"
   )
   return sorted(set(range(number)) - gone)
 
@@ -190,29 +225,37 @@ def _savings(
   return saved, sum(whole)
 
 
-def _knapsack(
+def _feasible(
+  sizes: Sequence[Sequence[int]],
   saved: Sequence[Sequence[int]],
-  losses: Sequence[Sequence[float]],
-  needed: float,
   total: int,
   options: Any,
-) -> tuple[int, ...]:
-  """One choice for each row of `saved`, so that enough is saved and least lost."""
-  most = [max(row) for row in saved]
+) -> Choices:
+  """The choices, if enough of the total can be saved."""
+  most, needed = [max(row) for row in saved], options.sparsity * total
   config.require(
     sum(most) >= needed,
     f"sparsity={options.sparsity} of the {_NAMES[options.budget]} cannot be saved: "
     f"without all {'/'.join(options.groups)} that can go it is "
     f"{sum(most) / total:.3g}; ask for less, or select more",
   )
-  width = max(len(row) for row in saved)
-  costs_UC = np.zeros((len(saved), width), np.int64)
-  losses_UC = np.full((len(saved), width), np.inf)
-  for u, (row, lost) in enumerate(zip(saved, losses, strict=True)):
+  return Choices(sizes=sizes, saved=saved, needed=needed)
+
+
+def _knapsack(found: Choices, losses: Sequence[Sequence[float]]) -> list[int]:
+  """One size for each row, so that enough is saved and least lost."""
+  if not found.sizes:
+    return []
+  most = [max(row) for row in found.saved]
+  width = max(len(row) for row in found.saved)
+  costs_UC = np.zeros((len(most), width), np.int64)
+  losses_UC = np.full((len(most), width), np.inf)
+  for u, (row, lost) in enumerate(zip(found.saved, losses, strict=True)):
     costs_UC[u, : len(row)] = most[u] - np.asarray(row, np.int64)
     losses_UC[u, : len(row)] = lost
-  budget = int(sum(most) - needed)
-  return allocate.allocate(costs_UC, losses_UC, budget, "greedy").choices
+  budget = int(sum(most) - found.needed)
+  chosen = allocate.allocate(costs_UC, losses_UC, budget, "greedy").choices
+  return [own[c] for own, c in zip(found.sizes, chosen, strict=True)]
 
 
 _NAMES = {

@@ -144,14 +144,17 @@ def _outcome(
   """What `prune` makes, of shapes; the model as it is where scores tell the sizes."""
   del specs
   if options.budget != "uniform":
+    # A device is asked only when the stage runs.
+    options = dataclasses.replace(
+      options, budget={"latency": "global"}.get(options.budget, options.budget)
+    )
     unrolled = model.with_runs(None)
-    about = tree_lib.flatten(specs_lib.specs(unrolled))
-    if options.groups != ("layers",):
-      _families(model, unrolled, about, paths, options)
+    flat = jax.eval_shape(lambda p: layers.unstack(model, p)[1], dict(params))
+    _prepared(model, unrolled, tree_lib.flatten(flat), paths, options)
     return model, dict(params)
-  # Which groups go does not change any shape.
+  # Which groups go changes no shape; of layers that differ the smallest go.
   any_scores = lambda found, about: (
-    np.arange(len(model.config.layers), dtype=float)
+    _layer_sizes(model, about)
     if found is None
     else [np.zeros((f.num_experts or 1, f.num_units)) for f in found]
   )
@@ -177,25 +180,15 @@ def _changed(
   unrolled, tree = layers.unstack(model, params)
   flat = tree_lib.flatten(tree)
   about = tree_lib.flatten(specs_lib.specs(unrolled))
+  found, sizes = _prepared(model, unrolled, flat, paths, options)
   if options.groups == ("layers",):
-    inside, _ = blocks.split(model, paths)
-    candidates = [k for k in inside if model.config.layers[k].keys != "lent"]
-    kept = _group_sizes.layers(
-      unrolled, scorer(None, about), sorted(candidates), options
-    )
+    kept = _group_sizes.layers(unrolled, scorer(None, about), found, sizes)
     _tell_layers(len(model.config.layers), kept)
     return _removal.restacked(model, *_removal.without_layers(unrolled, flat, kept))
-  found = _families(model, unrolled, about, paths, options)
-  for family in found:
-    _removal.require_removable(flat, family)
-  if options.budget == "uniform":
-    counts = _group_sizes.uniform(found, options)
-    for family, count in zip(found, counts, strict=True):
-      _removal.narrowed(unrolled, family, count)
-    scores = scorer(found, about)
-  else:
-    scores = scorer(found, about)
-    counts = _group_sizes.budgeted(unrolled, found, scores, options)
+  scores = scorer(found, about)
+  counts = sizes
+  if options.budget != "uniform":
+    counts = _group_sizes.budgeted(found, scores, sizes)
   kept = [
     _group_sizes.best(family, s, count)
     for family, s, count in zip(found, scores, counts, strict=True)
@@ -203,6 +196,44 @@ def _changed(
   _tell(found, kept)
   smaller = _removal.remove(unrolled, flat, list(zip(found, kept, strict=True)))
   return _removal.restacked(model, *smaller)
+
+
+def _prepared(
+  model: Any,
+  unrolled: Any,
+  flat: Mapping[str, Any],
+  paths: Collection[str],
+  options: StructuredOptions,
+) -> tuple[Any, Any]:
+  """What may go and how much of it, checked before anything is scored.
+
+  Returns:
+    Numbers of layers and their choices; else the families, and how many units of each
+    stay, or the choices of a budget.
+  """
+  if options.groups == ("layers",):
+    inside, _ = blocks.split(model, paths)
+    candidates = [k for k in sorted(inside) if model.config.layers[k].keys != "lent"]
+    return candidates, _group_sizes.layer_choices(unrolled, candidates, options)
+  about = tree_lib.flatten(specs_lib.specs(unrolled))
+  found = _families(model, unrolled, about, paths, options)
+  for family in found:
+    _removal.require_removable(flat, family)
+  if options.budget != "uniform":
+    return found, _group_sizes.choices(unrolled, found, options)
+  counts = _group_sizes.uniform(found, options)
+  for family, count in zip(found, counts, strict=True):
+    _removal.narrowed(unrolled, family, count)
+  return found, counts
+
+
+def _layer_sizes(model: Any, about: Mapping[str, Any]) -> np.ndarray:
+  """Parameters of each layer."""
+  sizes = np.zeros(len(model.config.layers))
+  for path, spec in about.items():
+    if path.startswith("layer_"):
+      sizes[int(path.split("/")[0].removeprefix("layer_"))] += spec.size
+  return sizes
 
 
 def _families(

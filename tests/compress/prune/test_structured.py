@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.compress import calibrate
+from effjax.compress import api, calibrate
 from effjax.compress.prune import _group_scores, _group_sizes, _removal, structured
 from effjax.core import errors, layers
 from effjax.core import groups as groups_lib
@@ -151,7 +151,8 @@ def test_a_budget_chooses_as_trying_everything_does():
   options = structured.StructuredOptions(
     groups=("kv_groups", "neurons"), sparsity=0.3, budget="params", multiple_of=1
   )
-  counts = _group_sizes.budgeted(unrolled, families, scores, options)
+  found = _group_sizes.choices(unrolled, families, options)
+  counts = _group_sizes.budgeted(families, scores, found)
   per_unit = [4 * removals.DIM * (2 + 4), 3 * removals.DIM]
   total = 3 * (2 * per_unit[0] + 16 * per_unit[1] + 2 * removals.DIM)
   rate = [per_unit[0]] * 3 + [per_unit[1]] * 3
@@ -253,6 +254,44 @@ def test_mistakes_get_one_line(model, options, message):
   }
   model = decoder.Decoder(config_lib.DecoderConfig(**fields | model))
   params = removals.params_of(model)
+  options = {"score": "random"} | options
   with pytest.raises(errors.InputError, match=re.escape(message)) as caught:
-    removals.pruned(model, params, **{"score": "random"} | options)
+    removals.pruned(model, params, **options)
   assert "\n" not in str(caught.value)
+  if options["score"] == "random":
+    # A plan says so, too, on shapes.
+    specs = specs_lib.specs(model)
+    with pytest.raises(errors.InputError, match=re.escape(message)):
+      api.shapes(removals.STRUCTURED, model, params, specs, options=options)
+
+
+def test_what_cannot_be_saved_is_found_before_anything_is_scored(monkeypatch):
+  def score(*args):
+    raise AssertionError("scored")
+
+  monkeypatch.setattr(_group_scores, "of_families", score)
+  model = removals.deep()
+  with pytest.raises(errors.InputError, match="cannot be saved"):
+    removals.pruned(
+      model, removals.params_of(model), sparsity=0.9, budget="flops", score="magnitude"
+    )
+
+
+def test_a_plan_of_layers_that_differ_has_the_largest_outcome():
+  config = config_lib.DecoderConfig(
+    vocab_size=removals.VOCAB,
+    embed_dim=removals.DIM,
+    num_layers=4,
+    mlp_pattern=("swiglu", "none"),
+    mixer_options={"attention": removals.GQA},
+  )
+  model = decoder.Decoder(config)
+  params, specs = removals.params_of(model), specs_lib.specs(model)
+  options = {"groups": "layers", "sparsity": 0.5, "score": "random"}
+  planned, shapes = api.shapes(
+    removals.STRUCTURED, model, params, specs, options=options
+  )
+  assert [layer.mlp for layer in planned.config.layers] == ["swiglu", "swiglu"]
+  _, made = removals.pruned(model, params, **options)
+  size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
+  assert size(made) <= size(shapes) < size(params)
