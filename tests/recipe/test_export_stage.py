@@ -82,10 +82,21 @@ def test_the_pipeline_is_pruned_to_half_and_ends_in_codes():
   assert isinstance(leaf.values, quantized.Quantized)
 
 
+def _planned(arg):
+  plan = plan_lib.make(config_lib.load(str(ROOT / "configs" / "structured.py") + arg))
+  return dict(zip([s.name for s in plan.config.stages], plan.outcomes, strict=True))
+
+
+def test_layers_are_planned_by_every_score():
+  rows = _planned(":smoke")
+  scores = ("random", "magnitude", "wanda", "taylor", "fisher", "influence", "loss")
+  for score in scores:
+    assert rows[f"layers-{score}-0"].model.config.num_layers == 1
+
+
+@pytest.mark.slow
 def test_groups_are_planned_by_every_score():
-  path = str(ROOT / "configs" / "structured.py")
-  plan = plan_lib.make(config_lib.load(path))
-  rows = dict(zip([s.name for s in plan.config.stages], plan.outcomes, strict=True))
+  rows = _planned("")
   heads = rows["heads-fisher-0"].model.config.layers[1].mixer_options
   assert (heads["num_heads"], heads["num_kv_heads"]) == (2, 2)
   assert rows["layers-loss-2"].model.config.num_layers == 4
