@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.core import config, errors
+from effjax.core import tree as tree_lib
 from effjax.interop import assemble, caches
+from effjax.weights import leaf as leaf_lib
+from effjax.weights.leaves import adapted, coded, quantized
 
 # Endings of what each format writes; "" is a folder.
 SUFFIXES = {"hf": "", "gguf": ".gguf", "onnx": ".onnx", "stablehlo": ""}
@@ -56,12 +59,17 @@ class ExportOptions:
         raise errors.unknown(f"type of format {self.format!r}", self.type, types)
 
 
-def check(options: ExportOptions, model: Any, params: Mapping[str, Any]) -> None:
+def check(
+  options: ExportOptions,
+  model: Any,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+) -> None:
   """Raises InputError where config and leaf kinds show that it cannot be written.
 
   Args:
     options: see ExportOptions.
-    model: the model.
+    model, specs: the model.
     params: its parameters, or their shapes.
   """
   if options.format == "hf":
@@ -76,11 +84,45 @@ def check(options: ExportOptions, model: Any, params: Mapping[str, Any]) -> None
     from effjax.interop.gguf import keys
 
     keys.fitting(model.config, options.architecture)
+    _require_codes(options, params, specs, "a GGUF file", True)
   elif options.format == "onnx":
     from effjax.interop.onnx import decoder
 
     caches.require_float(model.config, "an ONNX file")
     decoder.check(model.config)
+    integers = options.type in ("int4", "int8")
+    what = f"ONNX type {options.type or _DEFAULT_TYPES['onnx']}"
+    _require_codes(options, params, specs, what, integers)
+
+
+def _require_codes(
+  options: ExportOptions,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  what: str,
+  integers: bool,
+) -> None:
+  """Raises InputError for a leaf that cannot even be asked for its codes.
+
+  Which codes fit is known when they are written, and what becomes of embeddings; here
+  adapters, factors and masks over them show, before anything runs.
+  """
+  if options.dense:
+    return
+  about = tree_lib.flatten(specs)
+  for path, leaf in tree_lib.flatten(params).items():
+    plain = not leaf_lib.is_leaf_kind(leaf) or leaf.is_array
+    if plain or about[path].kind == "embedding":
+      continue
+    if adapted.is_adapted(leaf):
+      assemble.require_merged(path, what, False)
+    inner = leaf.values if options.format == "onnx" and leaf.kind == "masked" else leaf
+    fits = integers and isinstance(inner, (quantized.Quantized, coded.Coded))
+    config.require(
+      fits,
+      f"{path} is {'a mask over ' if inner is not leaf else ''}a {inner.kind} leaf, "
+      f"which {what} cannot hold; write the dense weight with dense=True",
+    )
 
 
 def write(

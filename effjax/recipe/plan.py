@@ -160,7 +160,7 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
     kept = plan.config.source.abstract(stage.build_options().kept_dtype)
     return dataclasses.replace(start, params=kept)
   if stage.technique == config_lib.EXPORT:
-    exports.check(stage.build_options(), start.model, start.params)
+    exports.check(stage.build_options(), start.model, start.params, start.specs)
     return start
   if stage.technique == config_lib.TRAIN:
     paths = adapters.trained(start.params, start.specs, where)

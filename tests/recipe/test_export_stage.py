@@ -58,6 +58,11 @@ def test_an_export_stands_in_the_run_folder_and_is_written_again(tmp_path):
     ({"format": "hf", "type": "int8"}, "type belongs to format gguf or onnx"),
     ({"format": "hf", "architecture": "lama"}, "lama"),
     ({"format": "hf"}, "masked"),
+    (
+      {"format": "onnx"},
+      "is a mask over a quantized leaf, which ONNX type fp32 cannot",
+    ),
+    ({"format": "gguf"}, "is a masked leaf, which a GGUF file cannot hold"),
   ],
 )
 def test_mistakes_show_before_anything_runs(tmp_path, options, message):

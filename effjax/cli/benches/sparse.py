@@ -110,7 +110,6 @@ def _layers(quick: bool) -> timing.Table:
             "share of that": faster / fewer,
           }
         )
-
   return timing.Table(
     title="a layer without some of its groups, float32",
     rows=rows,

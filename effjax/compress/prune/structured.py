@@ -1,9 +1,11 @@
 """Structured pruning: whole neurons, heads, experts or layers go, and a model remains.
 
 It is smaller in its config and in every parameter, and computes what the model before
-did with those groups at zero. Any score (`_group_scores`) goes with any groups and any
-budget; groups are index sets of the axes that modules declare (core.groups), so that a
-new mixer can be pruned once its options say how they become narrower.
+did with those groups at zero (experts: were they never chosen; layers of a post-norm
+encoder are not nothing at zero, so there it does not). Any score (`_group_scores`) goes
+with any groups and any budget; groups are index sets of the axes that modules declare
+(core.groups), so that a new mixer can be pruned once its options say how they become
+narrower.
 
 | groups      | of an axis | what one takes along                                      |
 |-------------|------------|-----------------------------------------------------------|
@@ -22,8 +24,8 @@ structured pruning do (Shen et al. 2022, arXiv:2110.10811, section 3).
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -104,6 +106,18 @@ class StructuredOptions:
     return self.score in _group_scores.NEEDS_TEXT
 
 
+class Scorers(NamedTuple):
+  """Where scores come from.
+
+  Attributes:
+    families: of the units of each family, `[E or 1, units]`.
+    layers: of all layers, by the specs of the per-layer view, `[layers]`.
+  """
+
+  families: Callable[[Sequence[groups.Family]], list[np.ndarray]]
+  layers: Callable[[Mapping[str, Any]], np.ndarray]
+
+
 def prune(
   model: Any,
   params: Mapping[str, Any],
@@ -122,16 +136,12 @@ def prune(
       config cannot do without a group, or a parameter is held in another leaf kind.
   """
   del specs
-  if options.needs_batches and not batches:
-    raise errors.InputError(f"score={options.score!r} needs at least one batch")
-  scorer = lambda found, about: (
-    _group_scores.of_layers(options.score, model, params, batches, about, options.seed)
-    if found is None
-    else _group_scores.of_families(
-      options.score, model, params, batches, found, options.seed
-    )
+  given = (options.score, model, params, batches)
+  score = Scorers(
+    families=lambda found: _group_scores.of_families(*given, found, options.seed),
+    layers=lambda about: _group_scores.of_layers(*given, about, options.seed),
   )
-  return _changed(model, params, paths, options, scorer)
+  return _changed(model, params, paths, options, score)
 
 
 def _outcome(
@@ -153,10 +163,9 @@ def _outcome(
     _prepared(model, unrolled, tree_lib.flatten(flat), paths, options)
     return model, dict(params)
   # Which groups go changes no shape; of layers that differ the smallest go.
-  any_scores = lambda found, about: (
-    _layer_sizes(model, about)
-    if found is None
-    else [np.zeros((f.num_experts or 1, f.num_units)) for f in found]
+  any_scores = Scorers(
+    families=lambda found: [np.zeros((f.num_experts or 1, f.num_units)) for f in found],
+    layers=lambda about: _layer_sizes(model, about),
   )
   changed = []
 
@@ -174,18 +183,18 @@ def _changed(
   params: Mapping[str, Any],
   paths: Collection[str],
   options: StructuredOptions,
-  scorer: Any,
+  score: Scorers,
 ) -> tuple[Any, dict[str, Any]]:
-  """The smaller model, by scores of families, or of layers (`scorer(None, specs)`)."""
+  """The smaller model, by any scores."""
   unrolled, tree = layers.unstack(model, params)
   flat = tree_lib.flatten(tree)
   about = tree_lib.flatten(specs_lib.specs(unrolled))
   found, sizes = _prepared(model, unrolled, flat, paths, options)
   if options.groups == ("layers",):
-    kept = _group_sizes.layers(unrolled, scorer(None, about), found, sizes)
+    kept = _group_sizes.layers(unrolled, score.layers(about), found, sizes)
     _tell_layers(len(model.config.layers), kept)
     return _removal.restacked(model, *_removal.without_layers(unrolled, flat, kept))
-  scores = scorer(found, about)
+  scores = score.families(found)
   counts = sizes
   if options.budget != "uniform":
     counts = _group_sizes.budgeted(found, scores, sizes)
@@ -246,6 +255,7 @@ def _families(
   """The selected families with such groups, of which none is part of another."""
   inside, _ = blocks.split(model, paths)
   chosen = {f"layer_{k}/{name}" for k, names in inside.items() for name in names}
+  kinds = model.config.layers
   found: list[groups.Family] = []
   for name in options.groups:
     own = [
@@ -256,7 +266,7 @@ def _families(
     config.require(
       len(own) > 0,
       f"no selected module has {name} (axis {AXES[name]!r}); there are layers of "
-      + ", ".join(dict.fromkeys(f"{c.mixer} and {c.mlp}" for c in _configs(model))),
+      + ", ".join(dict.fromkeys(f"{c.mixer} and {c.mlp}" for c in kinds)),
     )
     for family in own:
       config.require(
@@ -269,10 +279,6 @@ def _families(
     # What cannot be narrowed at all says so before anything is scored.
     _removal.narrowed(unrolled, family, family.num_units)
   return found
-
-
-def _configs(model: Any) -> Sequence[Any]:
-  return model.config.layers
 
 
 def _overlap(one: groups.Family, other: groups.Family) -> bool:
