@@ -118,6 +118,17 @@ def test_removed_layers_pass_the_stream_by(share):
     np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
 
 
+def test_groups_of_shared_parameters_go_from_every_use():
+  model = removals.deep(num_layers=4, share=2)
+  dims = {"mlp/gate": -1, "mlp/up": -1, "mlp/down": -2}
+  zero = removals.zeros(dims, (1, 6, 9, 15), (0, 2, 3, 8))
+  params = removals.with_zeros(model, removals.params_of(model), zero)
+  smaller, fewer = removals.pruned(model, params, sparsity=0.25, score="magnitude")
+  expected = removals.logits_of(model, params, removals.tokens())
+  got = removals.logits_of(smaller, fewer, removals.tokens())
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_layers_of_equal_sizes_stay_scanned_together_and_a_mask_goes_along():
   model = removals.deep()
   params = removals.params_of(model)
