@@ -2,12 +2,14 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+# Pairs of a logical axis and a mesh axis it may be split over, the preferred ones first.
+Rules = tuple[tuple[str, str], ...]
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
   "active_rules", default=None
@@ -15,14 +17,15 @@ _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 
 @contextlib.contextmanager
-def use_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
+def use_rules(mesh: Mesh | None, rules: Rules = ()) -> Iterator[None]:
   """While open, `shard` constrains activations on `mesh` by `rules`.
 
   Args:
-    mesh: the device mesh.
-    rules: logical axis to mesh axis or axes; a missing or None entry replicates.
+    mesh: the device mesh; None for code that must not be split, such as what runs
+      inside `jax.shard_map` already.
+    rules: table of the activations.
   """
-  token = _active.set((mesh, rules))
+  token = _active.set(None if mesh is None else (mesh, rules))
   try:
     yield
   finally:
@@ -54,25 +57,85 @@ def partition_spec(
 ) -> PartitionSpec:
   """The PartitionSpec of an array from its logical axes.
 
-  A mesh axis is used once, by the first dimension that asks for it, and only where it
-  divides the dimension.
+  Rules are tried in order. A mesh axis is used once in an array, by the first rule that
+  names one of its dimensions and divides it; a dimension may take several.
   """
+  chosen: list[list[str]] = [[] for _ in axes]
+  ways = [1] * len(axes)
   used: set[str] = set()
-  entries = []
-  for axis, size in zip(axes, shape, strict=True):
-    wanted = rules.get(axis) if axis is not None else None
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
-    chosen, ways = [], 1
-    for name in names:
-      if name in used or mesh.shape.get(name, 1) == 1:
-        continue
-      if size % (ways * mesh.shape[name]) == 0:
-        chosen.append(name)
-        ways *= mesh.shape[name]
-    used.update(chosen)
-    entries.append(
-      tuple(chosen) if len(chosen) > 1 else (chosen[0] if chosen else None)
-    )
+  for logical, name in rules:
+    size = mesh.shape.get(name, 1)
+    if size == 1 or name in used:
+      continue
+    for dim, axis in enumerate(axes):
+      if axis == logical and shape[dim] % (ways[dim] * size) == 0:
+        chosen[dim].append(name)
+        ways[dim] *= size
+        used.add(name)
+        break
+  entries = [
+    tuple(names) if len(names) > 1 else (names[0] if names else None)
+    for names in chosen
+  ]
   while entries and entries[-1] is None:
     entries.pop()
   return PartitionSpec(*entries)
+
+
+def split_over(logical: str) -> tuple[str, ...]:
+  """Mesh axes of more than one device that the active rules give a logical axis."""
+  active = _active.get()
+  if active is None:
+    return ()
+  mesh, rules = active
+  return tuple(n for axis, n in rules if axis == logical and mesh.shape.get(n, 1) > 1)
+
+
+def on_devices(
+  fn: Callable[..., Any],
+  args: Sequence[Any],
+  axes: Sequence[Sequence[str | None] | None],
+  out_axes: Any,
+  sizes: Mapping[str, int],
+) -> Any:
+  """`fn` on what each device holds of its arguments, under the active rules.
+
+  Inside, no rules are active: what `fn` wants to know of other devices it asks for with
+  collectives over `split_over(...)`.
+
+  Args:
+    fn: function of arrays.
+    args: its arguments; None where there is none.
+    axes: of each argument the logical axis of each dimension; None with a None.
+    out_axes: the same of each result: one tuple of axes, or a (nested) tuple of them.
+    sizes: units of every logical axis that may be split, such as the key heads of
+      "heads": one that they do not divide into is not split, in any argument.
+
+  Returns:
+    What `fn` returns, put together.
+  """
+  mesh, rules = _active.get()
+  names = tuple(sizes)
+  cut = partition_spec(names, tuple(sizes.values()), mesh, rules)
+  by_axis = dict(zip(names, (*cut, *[None] * (len(names) - len(cut))), strict=True))
+  spec = lambda axes: PartitionSpec(*(by_axis.get(axis) for axis in axes))
+  given = [i for i, arg in enumerate(args) if arg is not None]
+
+  def inside(*present: Any) -> Any:
+    whole = [None] * len(args)
+    for i, arg in zip(given, present, strict=True):
+      whole[i] = arg
+    with use_rules(None):
+      return fn(*whole)
+
+  is_axes = lambda x: isinstance(x, tuple) and all(
+    axis is None or isinstance(axis, str) for axis in x
+  )
+  mapped = jax.shard_map(
+    inside,
+    mesh=mesh,
+    in_specs=tuple(spec(axes[i]) for i in given),
+    out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
+    check_vma=False,
+  )
+  return mapped(*(args[i] for i in given))

@@ -148,14 +148,14 @@ def read(
     source: where the tensors are.
     dtype: of the parameters; None keeps what each tensor has. Training wants float32.
     mesh: where they go; None for one device.
-    preset: key of parallel.rules.PRESETS, used with a mesh.
+    preset: see parallel.rules.find, used with a mesh.
   """
   if mesh is None:
     shardings = dict.fromkeys(
       (place.path for place in found), SingleDeviceSharding(jax.devices()[0])
     )
   else:
-    table = parallel_rules.PRESETS[preset].params
+    table = parallel_rules.find(preset).params
     specs = tree_lib.unflatten({place.path: place.spec for place in found})
     shapes = abstract(specs, jnp.float32)
     tree = sharding.tree_shardings(mesh, table, specs, shapes)

@@ -5,6 +5,7 @@ worked out on shapes and passed as `out_shardings`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def tree_shardings(
 
   Args:
     mesh: the mesh.
-    table: logical axis to mesh axis, such as `PRESETS["fsdp"].params`.
+    table: logical axis to mesh axis, such as `find("fsdp").params`.
     specs: tree of ParamSpecs.
     tree: arrays, ShapeDtypeStructs, leaf dataclasses of them, or None holes.
 
@@ -58,43 +59,128 @@ def state_shardings(
   flat_specs = tree_lib.flatten(specs)
 
   def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-    for start in range(len(names)):
-      spec = flat_specs.get("/".join(names[start:]))
-      if spec is not None:
-        axes = _remaining_axes(spec, tuple(leaf.shape))
-        return _array_sharding(mesh, table, axes, leaf.shape, spec)
-    return NamedSharding(mesh, PartitionSpec())
+    _, spec = spec_at(path, flat_specs)
+    if spec is None:
+      return NamedSharding(mesh, PartitionSpec())
+    axes = _remaining_axes(spec, tuple(leaf.shape))
+    return _array_sharding(mesh, table, axes, leaf.shape, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def replicated_arrays(tree: Any, shardings: Any, limit: int = SMALL_BYTES) -> list[str]:
-  """Paths of arrays above `limit` bytes that no device holds only a part of."""
-  found = []
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
-    num_bytes = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-    if num_bytes > limit and sharding.is_fully_replicated:
-      found.append(f"{jax.tree_util.keystr(path)} ({num_bytes} bytes)")
-  return found
-
-
-def check_not_replicated(mesh: Mesh, preset: str, tree: Any, shardings: Any) -> None:
+def check_not_replicated(
+  mesh: Mesh,
+  preset: str,
+  table: rules_lib.Table,
+  specs: Mapping[str, Any],
+  tree: Any,
+  shardings: Any,
+  replicate: str = "",
+) -> None:
   """Fails where a large array would be replicated although the preset splits it.
 
+  A preset like "fsdp" splits every array. Of the others an array counts that has an
+  axis which the preset splits, but does not divide: heads, hidden units, experts. Key
+  heads may be replicated, since there are more queries (see `replicated_keys`).
+
+  Args:
+    mesh: the mesh.
+    preset: see rules.find.
+    table: the one the shardings come from.
+    specs: tree of ParamSpecs.
+    tree: parameters or what mirrors them, or their shapes.
+    shardings: NamedShardings of the same structure.
+    replicate: regular expression of the paths that may be replicated; empty for none.
+
   Raises:
-    InputError: names the arrays, under a preset that shards parameters.
+    InputError: names the first such array, its axis and the nearest sizes that divide.
   """
-  table = rules_lib.PRESETS[preset].params
-  if "embed" not in table or mesh.shape[rules_lib.PRESETS[preset].main_axis] == 1:
-    return
-  found = replicated_arrays(tree, shardings)
-  if found:
-    raise errors.InputError(
-      f"preset {preset!r} would replicate large arrays: {', '.join(found[:3])}; make a "
-      f"dimension divisible by the {mesh.size} devices or use fewer"
+  flat_specs = tree_lib.flatten(specs)
+  splits_all = rules_lib.find(preset).splits_all
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
+    name, spec = spec_at(path, flat_specs)
+    if spec is None or _num_bytes(leaf) <= SMALL_BYTES:
+      continue
+    if replicate and re.search(replicate, name):
+      continue
+    held = {axis for entry in sharding.spec for axis in _names(entry)}
+    for axis in dict.fromkeys(pair[1] for pair in table):
+      wanted = [logical for logical, over in table if over == axis]
+      own = [a for a in spec.all_axes if a in wanted and a not in ("kv", "layers")]
+      if mesh.shape[axis] == 1 or axis in held or not (own or axis in splits_all):
+        continue
+      raise errors.InputError(
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
+        f"({_num_bytes(leaf)} bytes) would be whole on each of the "
+        f"{mesh.shape[axis]} devices along {axis!r}, which preset {preset!r} splits it "
+        f"over: {_nearest(spec, own, mesh.shape[axis])}, or name it in mesh.replicate"
+      )
+
+
+def replicated_keys(
+  mesh: Mesh, specs: Mapping[str, Any], shardings: Mapping[str, Any]
+) -> list[str]:
+  """Paths of the weights of key heads that are whole along "tensor", for a report.
+
+  Args:
+    mesh: the mesh.
+    specs: tree of ParamSpecs.
+    shardings: the parameters' (see `tree_shardings`).
+  """
+  if mesh.shape["tensor"] == 1:
+    return []
+  flat = tree_lib.flatten(shardings)
+  return [
+    path
+    for path, spec in tree_lib.flatten(specs).items()
+    if "kv" in spec.axes
+    and spec.kind == "matrix"
+    and not any(
+      "tensor" in _names(entry)
+      for sharding in jax.tree.leaves(flat[path])
+      for entry in sharding.spec
     )
+  ]
+
+
+def spec_at(
+  path: tuple[Any, ...], flat_specs: Mapping[str, ParamSpec]
+) -> tuple[str, ParamSpec | None]:
+  """The parameter whose path ends a key path of a tree that mirrors parameters.
+
+  Args:
+    path: of an array, as `jax.tree_util` gives it.
+    flat_specs: ParamSpecs by path.
+
+  Returns:
+    The parameter's path and spec; the last name of the path and None if there is none.
+  """
+  names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+  for start in range(len(names)):
+    name = "/".join(names[start:])
+    if name in flat_specs:
+      return name, flat_specs[name]
+  return "/".join(names[-1:]), None
+
+
+def _num_bytes(array: Any) -> int:
+  return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
+
+
+def _nearest(spec: ParamSpec, own: list[str], ways: int) -> str:
+  """What could be changed so that an array divides."""
+  units = dict(zip(spec.all_axes, _units(spec, spec.all_axes, spec.shape), strict=True))
+  found = []
+  for axis in own or [a for a in spec.axes if units[a] > ways]:
+    below, above = units[axis] // ways * ways, -(-units[axis] // ways) * ways
+    sizes = f"{below} or {above}" if below else str(above)
+    found.append(f"its {units[axis]} {axis!r} do not divide by {ways} ({sizes} do)")
+  return "; ".join(found) or "it has no axis that the preset knows"
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _leaf_shardings(
@@ -161,12 +247,16 @@ def _array_spec(
   mesh: Mesh, table: rules_lib.Table, axes: Any, shape: Any, spec: ParamSpec
 ) -> PartitionSpec:
   """Heads are never cut: a merged axis counts in whole heads."""
+  return shard_lib.partition_spec(axes, _units(spec, axes, shape), mesh, table)
+
+
+def _units(spec: ParamSpec, axes: Any, shape: Any) -> list[int]:
+  """What an array may be cut between: sizes, of merged axes in heads."""
   head_axes = ("heads", "kv", "inner")
-  units = [
+  return [
     size // spec.head_dim if spec.head_dim and axis in head_axes else size
     for axis, size in zip(axes, shape, strict=True)
   ]
-  return shard_lib.partition_spec(axes, units, mesh, table)
 
 
 def _array_sharding(

@@ -82,7 +82,7 @@ class Plan:
       tree: the parameters, or their shapes.
       specs: their ParamSpecs; None for those of the plan's own model.
     """
-    table = rules.PRESETS[self.config.mesh.preset].params
+    table = rules.find(self.config.mesh.preset).params
     specs = self.specs if specs is None else specs
     return sharding.tree_shardings(self.mesh, table, specs, tree)
 

@@ -85,7 +85,7 @@ def train(
       and restored.
     config: options of the stage.
     mesh: the device mesh.
-    preset: key of parallel.rules.PRESETS.
+    preset: see parallel.rules.find.
     key: random key of this stage.
     where: which parameters train (see core.select); None for all of them, or for the
       adapters alone where there are any (see train.adapters).

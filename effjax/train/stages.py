@@ -99,7 +99,7 @@ def load_stage(
   Args:
     path: the folder.
     mesh: where the parameters go; None for one device.
-    preset: key of parallel.rules.PRESETS, used with a mesh.
+    preset: see parallel.rules.find, used with a mesh.
 
   Raises:
     InputError: there is no such folder, or its parts do not fit together; the message
@@ -116,7 +116,7 @@ def load_stage(
     one = SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(wanted, one)
   else:
-    table = rules.PRESETS[preset].params
+    table = rules.find(preset).params
     shardings = _named_arrays(sharding.tree_shardings(mesh, table, specs, params))
   restored = _read_arrays(path / "params", files, wanted, shardings)
   filled = {

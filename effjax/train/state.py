@@ -78,7 +78,7 @@ def place(
     InputError: the selection cannot be trained, or a large array would be replicated
       by a preset that shards parameters.
   """
-  table = rules.PRESETS[preset].params
+  table = rules.find(preset).params
   placed = sharding.tree_shardings(mesh, table, specs, params)
   trainable, frozen = split(params, paths)
   trainable_shardings, frozen_shardings = partition.partition(placed, paths)

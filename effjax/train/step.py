@@ -42,7 +42,7 @@ class Step:
     fixed: what updates read and never change: the parameters that do not train
       ("frozen"), and those of the teacher if there is one ("teacher").
     mesh: the device mesh.
-    preset: key of parallel.rules.PRESETS.
+    preset: see parallel.rules.find.
     micro_batches: parts a batch is cut into.
   """
 
@@ -77,7 +77,7 @@ class Step:
         )
       axes = ("batch",) + (None,) * (rows.ndim - 1)
       global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-      table = rules.PRESETS[self.preset].activations
+      table = rules.find(self.preset).activations
       spec = shard_lib.partition_spec(axes, global_shape, self.mesh, table)
       sharding = NamedSharding(self.mesh, spec)
       if jax.process_count() == 1:
@@ -115,7 +115,7 @@ def make(
     frozen: the part of the parameters that does not train, already placed.
     shardings: NamedShardings of the state, see state.place.
     mesh: the device mesh.
-    preset: key of parallel.rules.PRESETS.
+    preset: see parallel.rules.find.
     micro_batches: parts a batch is cut into.
     policy: compute precision; float32 by default.
     teacher: what the loss learns from, where it needs one.
@@ -127,7 +127,7 @@ def make(
   if teacher is not None:
     fixed["teacher"] = teacher.params
     teacher = dataclasses.replace(teacher, model=at_policy(teacher.model), params=None)
-  activations = rules.PRESETS[preset].activations
+  activations = rules.find(preset).activations
 
   def objective(trainable, fixed, collections, batch, rng):
     params = partition.merge(trainable, fixed["frozen"])

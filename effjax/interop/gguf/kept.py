@@ -82,7 +82,7 @@ def read(
     leaf = _leaf(place, file, type)
     if mesh is not None:
       specs, tree = {"leaf": place.spec}, {"leaf": leaf}
-      table = parallel_rules.PRESETS[preset].params
+      table = parallel_rules.find(preset).params
       tree = jax.device_put(tree, sharding.tree_shardings(mesh, table, specs, tree))
       leaf = tree["leaf"]
     flat[place.path] = leaf
