@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Pairs of a logical axis and a mesh axis it may be split over, the preferred ones first.
+# Pairs of a logical axis and a mesh axis it may be split over, preferred ones first.
 Rules = tuple[tuple[str, str], ...]
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
@@ -128,8 +128,8 @@ def on_devices(
     with use_rules(None):
       return fn(*whole)
 
-  is_axes = lambda x: isinstance(x, tuple) and all(
-    axis is None or isinstance(axis, str) for axis in x
+  is_axes = lambda x: (
+    isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
   )
   mapped = jax.shard_map(
     inside,

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from effjax.core import errors, layers
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.interop import rules as rules_lib
-from effjax.parallel import rules as parallel_rules
-from effjax.parallel import sharding
+from effjax.parallel import spread as spread_lib
 from effjax.weights import leaf as leaf_lib
 from effjax.weights.leaves import adapted
 
@@ -138,8 +137,7 @@ def read(
   found: Sequence[Place],
   source: rules_lib.Source,
   dtype: DTypeLike | None = jnp.float32,
-  mesh: Mesh | None = None,
-  preset: str = "dp",
+  spread: spread_lib.Spread | None = None,
 ) -> dict[str, Any]:
   """The parameter tree, read tensor by tensor onto its devices.
 
@@ -147,19 +145,16 @@ def read(
     found: from `places`, checked.
     source: where the tensors are.
     dtype: of the parameters; None keeps what each tensor has. Training wants float32.
-    mesh: where they go; None for one device.
-    preset: see parallel.rules.find, used with a mesh.
+    spread: where they go; None for one device.
   """
-  if mesh is None:
+  if spread is None:
     shardings = dict.fromkeys(
       (place.path for place in found), SingleDeviceSharding(jax.devices()[0])
     )
   else:
-    table = parallel_rules.find(preset).params
     specs = tree_lib.unflatten({place.path: place.spec for place in found})
     shapes = abstract(specs, jnp.float32)
-    tree = sharding.tree_shardings(mesh, table, specs, shapes)
-    shardings = tree_lib.flatten(tree)
+    shardings = tree_lib.flatten(spread.params(specs, shapes))
   arrays = {}
   # The largest first, while little else is held: a tensor is there twice for a moment.
   for place in sorted(found, key=lambda place: -place.spec.size):

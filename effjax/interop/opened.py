@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-Load = Callable[[DTypeLike | None, Mesh | None, str], dict[str, Any]]
+from effjax.parallel import spread as spread_lib
+
+Load = Callable[[DTypeLike | None, spread_lib.Spread | None], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Opened:
     specs: tree of its ParamSpecs.
     tokenizer: or None, where the source has none.
     origin: what it is, for the record: plain JSON values.
-    load: reads the parameters, one tensor at a time: `load(dtype, mesh, preset)`; see
+    load: reads the parameters, one tensor at a time: `load(dtype, spread)`; see
       assemble.read.
     abstract: the same tree of ShapeDtypeStructs: `abstract(dtype)`.
   """

@@ -78,7 +78,8 @@ def make(mesh_config: MeshConfig) -> Mesh:
   """
   devices = jax.devices()
   shape = sizes(mesh_config, len(devices), _num_slices(devices))
-  return over(devices[: math.prod(shape)], shape)
+  placed = grid(devices[: math.prod(shape)], shape)
+  return Mesh(placed, rules.AXES, axis_types=(AxisType.Auto,) * len(rules.AXES))
 
 
 def sizes(
@@ -117,8 +118,8 @@ def sizes(
   return tuple(given.get(axis, 1) for axis in rules.AXES)
 
 
-def over(devices: Sequence[Any], shape: tuple[int, ...]) -> Mesh:
-  """The mesh of a shape over devices, laid out as the hardware is wired.
+def grid(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+  """Devices in an array of the shape of the mesh, laid out as the hardware is wired.
 
   Groups of devices that a slower network joins (slices of TPUs) lie along the axes of
   stages and replicas, which talk least.
@@ -128,18 +129,11 @@ def over(devices: Sequence[Any], shape: tuple[int, ...]) -> Mesh:
   """
   slices = _num_slices(devices)
   if slices > 1:
-    return _mesh(_hybrid(devices, shape, slices))
+    return _hybrid(devices, shape, slices)
   if devices[0].platform == "tpu":
-    grid = mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
-    return _mesh(grid)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   # Devices come process by process: hosts lie along the first axes.
-  return _mesh(np.asarray(devices).reshape(shape))
-
-
-def _mesh(grid: np.ndarray) -> Mesh:
-  return Mesh(grid, rules.AXES, axis_types=(AxisType.Auto,) * len(rules.AXES))
+  return np.asarray(devices).reshape(shape)
 
 
 def _num_slices(devices: Sequence[Any]) -> int:

@@ -123,7 +123,7 @@ PRESETS: Mapping[str, Preset] = {
   ),
   "ulysses": Preset(
     summary="context parallel: sequences are split, and heads in their place where "
-    "attention needs all tokens (all-to-all); recurrent states go from each to the next",
+    "attention needs all tokens (all-to-all); recurrent states as in ring",
     main_axis="context",
     axes=("context",),
     activations=(*_CONTEXT, ("whole_heads", "tensor"), ("whole_heads", "context")),
@@ -151,7 +151,11 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 # What does the same thing, or works on the same axis in another way.
-_ALTERNATIVES = (("dp", "zero1", "zero2", "hsdp"), ("fsdp", "hsdp"), ("ring", "ulysses"))
+_ALTERNATIVES = (
+  ("dp", "zero1", "zero2", "hsdp"),
+  ("fsdp", "hsdp"),
+  ("ring", "ulysses"),
+)
 # Tables in which one pair stands before another: tokens are split over replicas first,
 # and what holds whole layers or experts, or heads, before what any axis will do for.
 _ORDER = ("pp", "ep", "tp", "ring", "ulysses", "dp", "zero1", "zero2", "hsdp", "fsdp")

@@ -100,14 +100,15 @@ def check_not_replicated(
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
     name, spec = spec_at(path, flat_specs)
-    if spec is None or _num_bytes(leaf) <= SMALL_BYTES:
+    if _num_bytes(leaf) <= SMALL_BYTES:
       continue
     if replicate and re.search(replicate, name):
       continue
     held = {axis for entry in sharding.spec for axis in _names(entry)}
     for axis in dict.fromkeys(pair[1] for pair in table):
       wanted = [logical for logical, over in table if over == axis]
-      own = [a for a in spec.all_axes if a in wanted and a not in ("kv", "layers")]
+      own = [] if spec is None else [a for a in spec.all_axes if a in wanted]
+      own = [a for a in own if a not in ("kv", "layers")]
       if mesh.shape[axis] == 1 or axis in held or not (own or axis in splits_all):
         continue
       raise errors.InputError(
@@ -168,8 +169,10 @@ def _num_bytes(array: Any) -> int:
   return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
 
 
-def _nearest(spec: ParamSpec, own: list[str], ways: int) -> str:
+def _nearest(spec: ParamSpec | None, own: list[str], ways: int) -> str:
   """What could be changed so that an array divides."""
+  if spec is None:
+    return "it mirrors no parameter"
   units = dict(zip(spec.all_axes, _units(spec, spec.all_axes, spec.shape), strict=True))
   found = []
   for axis in own or [a for a in spec.axes if units[a] > ways]:

@@ -15,7 +15,7 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   found = config.source
   options = config.stages[index].build_options()
   watch = session_lib.Stopwatch()
-  params = found.load(options.kept_dtype, session.plan.mesh, config.mesh.preset)
+  params = found.load(options.kept_dtype, session.plan.spread)
   params = jax.block_until_ready(params)
   return session_lib.Made(
     model=found.model, params=params, specs=found.specs, secs=watch.read()

@@ -41,7 +41,7 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
   forward = flops.per_token(plan.model, plan.fresh, length).executed
   return {
     "config": core_config.to_dict(config),
-    "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.shape.items()),
+    "mesh": _mesh(plan.spread.mesh),
     "parameters": [
       {
         "path": path,
@@ -137,6 +137,12 @@ def _stage(plan: plan_lib.Plan, index: int, num_params: int) -> dict[str, Any]:
     "bytes_per_device": on_device,
     "bits_per_weight": 8 * held / num_params,
   }
+
+
+def _mesh(mesh: Any) -> str:
+  """The axes that split anything."""
+  split = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+  return ", ".join(split) or "one device"
 
 
 def _sharding(sharding: Any) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from effjax.compress import api as compress
 from effjax.compress import registry as transforms
@@ -25,8 +24,7 @@ from effjax.interop import exports
 from effjax.models import api as models
 from effjax.models import encoder_config
 from effjax.optim import sparsity
-from effjax.parallel import mesh as mesh_lib
-from effjax.parallel import rules, sharding
+from effjax.parallel import spread as spread_lib
 from effjax.recipe import config as config_lib
 from effjax.recipe import rewinding
 from effjax.train import adapters, masks
@@ -57,7 +55,7 @@ class Plan:
     model: the model, at the precision it is measured with.
     specs: tree of the ParamSpecs of its parameters.
     fresh: the freshly initialized tree, of ShapeDtypeStructs.
-    mesh: the devices.
+    spread: the devices, and what lies where.
     outcomes: for each stage, what it makes.
   """
 
@@ -65,7 +63,7 @@ class Plan:
   model: Any
   specs: Mapping[str, Any]
   fresh: Mapping[str, Any]
-  mesh: Mesh
+  spread: spread_lib.Spread
   outcomes: tuple[Outcome, ...]
 
   @property
@@ -82,9 +80,7 @@ class Plan:
       tree: the parameters, or their shapes.
       specs: their ParamSpecs; None for those of the plan's own model.
     """
-    table = rules.find(self.config.mesh.preset).params
-    specs = self.specs if specs is None else specs
-    return sharding.tree_shardings(self.mesh, table, specs, tree)
+    return self.spread.params(self.specs if specs is None else specs, tree)
 
 
 def make(config: config_lib.Config) -> Plan:
@@ -95,12 +91,12 @@ def make(config: config_lib.Config) -> Plan:
   """
   _check_measures(config)
   pipeline.check(config.data)
-  mesh = mesh_lib.make(config.mesh)
+  spread = spread_lib.make(config.mesh)
   model = models.build(config.model)
   specs = specs_lib.specs(model)
   fresh = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
   plan = Plan(
-    config=config, model=model, specs=specs, fresh=fresh, mesh=mesh, outcomes=()
+    config=config, model=model, specs=specs, fresh=fresh, spread=spread, outcomes=()
   )
   first = Outcome(model=model, specs=specs, params=fresh)
   outcomes: list[Outcome] = []

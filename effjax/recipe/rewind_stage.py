@@ -21,9 +21,8 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
     values = session.fresh_params(seed)
   else:
     number = [stage.name for stage in session.config.stages].index(options.to)
-    preset = session.config.mesh.preset
     folder = session.folder(number)
-    values = stages.load_stage(folder, session.plan.mesh, preset).params
+    values = stages.load_stage(folder, session.plan.spread).params
   made = rewinding.rewound(params, values)
   made = jax.device_put(made, session.plan.shardings(made, specs))
   return session_lib.Made(

@@ -63,8 +63,7 @@ class Session:
     parent = self.config.parent(index)
     if parent is None:
       return self.plan.model, self.fresh_params(), self.plan.specs
-    preset = self.config.mesh.preset
-    stage = stages.load_stage(self.folder(parent), self.plan.mesh, preset)
+    stage = stages.load_stage(self.folder(parent), self.plan.spread)
     return stage.model, stage.params, stage.specs
 
   def fresh_params(self, seed: int | None = None) -> dict[str, Any]:

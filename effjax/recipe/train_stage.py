@@ -56,8 +56,7 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
     specs,
     batches,
     options,
-    mesh=session.plan.mesh,
-    preset=config.mesh.preset,
+    spread=session.plan.spread,
     key=jax.random.fold_in(key, index + 1),
     where=stage.build_where(),
     evaluate=_evaluator(session, model, options),
@@ -79,8 +78,7 @@ def _teacher(session: session_lib.Session, index: int) -> base.Teacher | None:
   number = session.config.teacher(index)
   if number is None:
     return None
-  mesh, preset = session.plan.mesh, session.config.mesh.preset
-  loaded = stages.load_stage(session.folder(number), mesh, preset)
+  loaded = stages.load_stage(session.folder(number), session.plan.spread)
   return base.Teacher(loaded.model, loaded.params)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from effjax.core import config as config_lib
 from effjax.core import errors, partition
@@ -25,6 +24,7 @@ from effjax.core import select as select_lib
 from effjax.optim import config as optim_config
 from effjax.optim import sparse
 from effjax.optim import sparsity as sparsity_lib
+from effjax.parallel import spread as spread_lib
 from effjax.train import adapters, checkpoint, masks, signals, timing, writers
 from effjax.train import config as train_config
 from effjax.train import console as console_lib
@@ -65,8 +65,7 @@ def train(
   batches: Any,
   config: train_config.TrainConfig,
   *,
-  mesh: Mesh,
-  preset: str,
+  spread: spread_lib.Spread,
   key: jax.Array,
   where: Any = None,
   evaluate: Evaluate | None = None,
@@ -84,8 +83,7 @@ def train(
     batches: grain iterator of dicts of host arrays (see data); its position is saved
       and restored.
     config: options of the stage.
-    mesh: the device mesh.
-    preset: see parallel.rules.find.
+    spread: the devices, and what lies where.
     key: random key of this stage.
     where: which parameters train (see core.select); None for all of them, or for the
       adapters alone where there are any (see train.adapters).
@@ -120,7 +118,7 @@ def train(
     sparsifier=_sparsifier(config, params, specs, paths, key),
   )
   state, frozen, shardings = state_lib.place(
-    model, plain, specs, paths, tx, key, mesh, preset
+    model, plain, specs, paths, tx, key, spread
   )
   step = step_lib.make(
     model,
@@ -129,8 +127,8 @@ def train(
     lr_fn,
     frozen,
     shardings,
-    mesh=mesh,
-    preset=preset,
+    specs=specs,
+    spread=spread,
     micro_batches=config.micro_batches,
     policy=config.precision,
     teacher=teacher,
@@ -279,7 +277,7 @@ class Loop:
       "tokens": self.notes["tokens"],
       "tokens_per_sec": rate,
       "mfu": device_lib.model_flops_utilization(
-        rate, self._flops_per_token, self._step.mesh.size
+        rate, self._flops_per_token, self._step.spread.mesh.size
       ),
       "memory_bytes": device_lib.memory_bytes(),
       "wall_secs": self.chrono.wall_secs,

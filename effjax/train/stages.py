@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from effjax.core import config as config_lib
 from effjax.core import errors, precision
@@ -28,7 +28,7 @@ from effjax.core import tree as tree_lib
 from effjax.data import tokenizers
 from effjax.models import config as model_config
 from effjax.models import decoder, encoder, encoder_config
-from effjax.parallel import rules, sharding
+from effjax.parallel import spread as spread_lib
 from effjax.train import checkpoint, inventory
 from effjax.weights import describe
 
@@ -92,14 +92,13 @@ def save_stage(
 
 
 def load_stage(
-  path: str | os.PathLike, mesh: Mesh | None = None, preset: str = "dp"
+  path: str | os.PathLike, spread: spread_lib.Spread | None = None
 ) -> Stage:
   """Reads a stage folder, onto any mesh.
 
   Args:
     path: the folder.
-    mesh: where the parameters go; None for one device.
-    preset: see parallel.rules.find, used with a mesh.
+    spread: where the parameters go; None for one device.
 
   Raises:
     InputError: there is no such folder, or its parts do not fit together; the message
@@ -112,12 +111,11 @@ def load_stage(
   model = _read_model(path / "model.json")
   files, params, specs = _read_tree(path / "tree.json")
   wanted = _named_arrays(params)
-  if mesh is None:
+  if spread is None:
     one = SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(wanted, one)
   else:
-    table = rules.find(preset).params
-    shardings = _named_arrays(sharding.tree_shardings(mesh, table, specs, params))
+    shardings = _named_arrays(spread.params(specs, params))
   restored = _read_arrays(path / "params", files, wanted, shardings)
   filled = {
     name: jax.tree.unflatten(

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import errors, partition
 from effjax.optim import sparse
-from effjax.parallel import rules, sharding
+from effjax.parallel import spread as spread_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -62,8 +61,7 @@ def place(
   paths: frozenset[str],
   tx: optax.GradientTransformation,
   key: jax.Array,
-  mesh: Mesh,
-  preset: str,
+  spread: spread_lib.Spread,
 ) -> tuple[TrainState, dict[str, Any], TrainState]:
   """The first state and the frozen parameters, each array where it belongs.
 
@@ -78,8 +76,7 @@ def place(
     InputError: the selection cannot be trained, or a large array would be replicated
       by a preset that shards parameters.
   """
-  table = rules.find(preset).params
-  placed = sharding.tree_shardings(mesh, table, specs, params)
+  placed = spread.params(specs, params)
   trainable, frozen = split(params, paths)
   trainable_shardings, frozen_shardings = partition.partition(placed, paths)
 
@@ -100,16 +97,18 @@ def place(
     )
 
   shapes = jax.eval_shape(first, trainable, key_data)
-  whole = NamedSharding(mesh, PartitionSpec())
+  whole = spread.whole
   shardings = TrainState(
     step=whole,
     params=trainable_shardings,
-    opt_state=sharding.state_shardings(mesh, table, specs, shapes.opt_state),
+    opt_state=spread.state(specs, shapes.opt_state),
     collections=jax.tree.map(lambda _: whole, shapes.collections),
     key_data=whole,
   )
-  sharding.check_not_replicated(mesh, preset, shapes, shardings)
-  sharding.check_not_replicated(mesh, preset, frozen, frozen_shardings)
+  tables = spread.preset
+  spread.check(tables.params, specs, trainable, trainable_shardings)
+  spread.check(tables.params, specs, frozen, frozen_shardings)
+  spread.check(tables.state, specs, shapes.opt_state, shardings.opt_state)
   inputs = jax.device_put(
     (trainable, key_data), (trainable_shardings, whole), may_alias=True
   )

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import errors, partition, precision
 from effjax.core import shard as shard_lib
 from effjax.optim import base as optim_base
 from effjax.optim import sparse
-from effjax.parallel import rules
+from effjax.parallel import spread as spread_lib
 from effjax.train import state as state_lib
 from effjax.train.losses import base
 
@@ -41,15 +40,13 @@ class Step:
     fn: the jitted function `fn(state, fixed, batch)`.
     fixed: what updates read and never change: the parameters that do not train
       ("frozen"), and those of the teacher if there is one ("teacher").
-    mesh: the device mesh.
-    preset: see parallel.rules.find.
+    spread: the devices, and what lies where.
     micro_batches: parts a batch is cut into.
   """
 
   fn: Any
   fixed: dict[str, Any]
-  mesh: Mesh
-  preset: str
+  spread: spread_lib.Spread
   micro_batches: int
 
   def __call__(
@@ -63,10 +60,10 @@ class Step:
     return self.fixed["frozen"]
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
-    """A batch on the devices, each process giving its own rows.
+    """A batch on the devices, each process giving its share of the rows.
 
     Raises:
-      InputError: rows do not divide into micro-batches.
+      InputError: rows do not divide into micro-batches, or among the devices.
     """
     placed = {}
     for name, rows in batch.items():
@@ -75,15 +72,7 @@ class Step:
           f"a batch of {rows.shape[0]} sequences does not divide into "
           f"micro_batches={self.micro_batches}"
         )
-      axes = ("batch",) + (None,) * (rows.ndim - 1)
-      global_shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-      table = rules.find(self.preset).activations
-      spec = shard_lib.partition_spec(axes, global_shape, self.mesh, table)
-      sharding = NamedSharding(self.mesh, spec)
-      if jax.process_count() == 1:
-        placed[name] = jax.device_put(rows, sharding)
-      else:
-        placed[name] = jax.make_array_from_process_local_data(sharding, rows)
+      placed[name] = self.spread.put(rows)
     return placed
 
   def num_compilations(self) -> int:
@@ -99,8 +88,8 @@ def make(
   frozen: dict[str, Any],
   shardings: state_lib.TrainState,
   *,
-  mesh: Mesh,
-  preset: str,
+  specs: Mapping[str, Any],
+  spread: spread_lib.Spread,
   micro_batches: int = 1,
   policy: precision.PrecisionConfig | None = None,
   teacher: base.Teacher | None = None,
@@ -114,8 +103,8 @@ def make(
     lr_fn: learning rate by update, for the log.
     frozen: the part of the parameters that does not train, already placed.
     shardings: NamedShardings of the state, see state.place.
-    mesh: the device mesh.
-    preset: see parallel.rules.find.
+    specs: tree of ParamSpecs.
+    spread: the devices, and what lies where.
     micro_batches: parts a batch is cut into.
     policy: compute precision; float32 by default.
     teacher: what the loss learns from, where it needs one.
@@ -127,7 +116,11 @@ def make(
   if teacher is not None:
     fixed["teacher"] = teacher.params
     teacher = dataclasses.replace(teacher, model=at_policy(teacher.model), params=None)
-  activations = rules.find(preset).activations
+
+  def placed(gradients):
+    return jax.lax.with_sharding_constraint(
+      gradients, spread.gradients(specs, gradients)
+    )
 
   def objective(trainable, fixed, collections, batch, rng):
     params = partition.merge(trainable, fixed["frozen"])
@@ -138,10 +131,12 @@ def make(
     return loss.objective, loss
 
   def update(state, fixed, batch):
-    with shard_lib.use_rules(mesh, activations), policy.context():
+    with spread.active(), policy.context():
       key = jax.random.wrap_key_data(state.key_data)
       rng = jax.random.fold_in(key, state.step)
-      gradients, loss = _accumulate(objective, state, fixed, batch, rng, micro_batches)
+      gradients, loss = _accumulate(
+        objective, placed, state, fixed, batch, rng, micro_batches
+      )
       scale = jnp.where(loss.weight > 0, 1 / loss.weight, 0.0)
       gradients = jax.tree.map(lambda g: g * scale, gradients)
       updates, opt_state = tx.update(gradients, state.opt_state, state.params)
@@ -168,18 +163,18 @@ def make(
       )
     return state, metrics
 
-  whole = NamedSharding(mesh, PartitionSpec())
-  fn = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
-  return Step(fn, fixed, mesh, preset, micro_batches)
+  out_shardings = (shardings, spread.whole)
+  fn = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+  return Step(fn, fixed, spread, micro_batches)
 
 
-def _accumulate(objective, state, fixed, batch, rng, micro_batches):
+def _accumulate(objective, placed, state, fixed, batch, rng, micro_batches):
   """The gradient of the summed objective and the sums, over all micro-batches."""
   grad_fn = jax.value_and_grad(objective, has_aux=True)
 
   def one(collections, batch, rng):
     (_, loss), gradients = grad_fn(state.params, fixed, collections, batch, rng)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), loss
+    return placed(jax.tree.map(lambda g: g.astype(jnp.float32), gradients)), loss
 
   if micro_batches == 1:
     return one(state.collections, batch, rng)
@@ -197,7 +192,7 @@ def _accumulate(objective, state, fixed, batch, rng, micro_batches):
   first = jax.tree.map(lambda rows: rows[0], parts)
   _, shapes = jax.eval_shape(one, state.collections, first, rng)
   zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
-  start = (zeros(state.params), zeros(shapes._replace(collections={})))
+  start = (placed(zeros(state.params)), zeros(shapes._replace(collections={})))
   (gradients, sums, collections), _ = jax.lax.scan(
     body, (*start, state.collections), (jnp.arange(micro_batches), parts)
   )

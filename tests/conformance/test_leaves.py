@@ -159,13 +159,14 @@ def test_scan_and_vmap_over_stacked_leaves(case):
   assert tuple(stacked.shape) == (LAYERS, *w.shape)
 
 
-@pytest.mark.parametrize("preset", rules.PRESETS)
+@pytest.mark.parametrize("preset", ["dp", "fsdp", "tp", "fsdp+tp"])
 def test_eight_devices_equal_one(kind, preset):
   w = _made(leaf_kinds.KINDS[kind], jax.random.key(0), (64, 32), -2)
   x = jax.random.normal(jax.random.key(1), (8, 64))
-  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset))
+  shape = {"tensor": 2} if "+" in preset else {}
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset, shape=shape))
   spec = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=(64, 32))
-  table = rules.PRESETS[preset].params
+  table = rules.find(preset).params
   placed = sharding.tree_shardings(mesh, table, {"w": spec}, {"w": w})["w"]
   w8 = jax.device_put(w, placed)
   if preset != "dp":

@@ -55,7 +55,7 @@ def place(command, tmp_workdir, monkeypatch):
     ("data.corpus=stdlibb", "did you mean 'stdlib'?"),
     ("data.options={'paths':('/not/here.txt',)}", "/not/here.txt"),
     ("mesh.preset=dpp", "did you mean 'dp'?"),
-    ("mesh.shape=(3,5,7)", "devices"),
+    ("mesh.shape.data=3", "takes 3 devices"),
   ],
 )
 def test_config_mistakes(place, capsys, override, message):

@@ -1,34 +1,62 @@
-"""Shardings follow the tables; heads and quantization groups are never cut."""
+"""Shardings of trees: tables, heads, packed leaves, optimizer state, refusals."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from effjax.core import errors, specs
-from effjax.parallel import mesh as mesh_lib
-from effjax.parallel import rules, sharding
+from effjax.parallel import sharding
+from effjax.parallel import spread as spread_lib
 from effjax.weights.leaves import quantized
 
 MATRIX = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=(64, 128))
 
 
-def _mesh(preset, **kwargs):
-  return mesh_lib.make(mesh_lib.MeshConfig(preset=preset, **kwargs))
-
-
-def _one(preset, spec, leaf):
-  table = rules.PRESETS[preset].params
-  return sharding.tree_shardings(_mesh(preset), table, {"w": spec}, {"w": leaf})["w"]
+def _one(preset, spec, leaf, **fields):
+  return spread_lib.over(preset, **fields).params({"w": spec}, {"w": leaf})["w"]
 
 
 @pytest.mark.parametrize(
-  ("preset", "expected"), [("dp", P()), ("fsdp", P("fsdp")), ("tp", P(None, "tensor"))]
+  ("preset", "shape", "expected"),
+  [
+    ("dp", {}, P()),
+    ("zero1", {}, P()),
+    ("fsdp", {}, P("fsdp")),
+    ("hsdp", {"data": 2}, P("fsdp")),
+    ("tp", {}, P(None, "tensor")),
+    ("fsdp+tp", {"tensor": 2}, P("fsdp", "tensor")),
+    ("tp+fsdp", {"fsdp": 2}, P("fsdp", "tensor")),
+    ("ring", {}, P()),
+  ],
 )
-def test_presets_are_tables(preset, expected):
-  assert _one(preset, MATRIX, jnp.zeros((64, 128))).spec == expected
+def test_presets_are_tables(preset, shape, expected):
+  assert _one(preset, MATRIX, jnp.zeros((64, 128)), shape=shape).spec == expected
+
+
+def test_experts_and_layers_have_axes_of_their_own():
+  spec = specs.ParamSpec(
+    axes=("experts", "embed", "mlp"), kind="matrix", stack=("layers",)
+  )
+  shape = jax.ShapeDtypeStruct((4, 8, 64, 128), jnp.float32)
+  placed = _one("pp+ep+tp", spec, shape, shape={"expert": 2, "tensor": 2})
+  assert placed.spec == P("stage", "expert", None, "tensor")
+  placed = _one("ep+fsdp", spec, shape, shape={"fsdp": 2})
+  assert placed.spec == P(None, "expert", "fsdp")
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero1+tp"])
+def test_zero_splits_what_parameters_do_not(preset):
+  shape = {"tensor": 2} if "tp" in preset else {}
+  spread = spread_lib.over(preset, shape=shape)
+  tree, spec_tree = {"w": jnp.zeros((64, 128))}, {"w": MATRIX}
+  own = (None, "tensor") if "tp" in preset else ()
+  assert spread.params(spec_tree, tree)["w"].spec == P(*own)
+  split = P("data", *own[1:])
+  assert spread.state(spec_tree, tree)["w"].spec == split
+  reduced = split if preset == "zero2" else P(*own)
+  assert spread.gradients(spec_tree, tree)["w"].spec == reduced
 
 
 def test_heads_are_not_cut():
@@ -63,12 +91,12 @@ def test_quantized_leaf_inherits_axes_and_refuses_a_cut_group():
 
 
 def test_optimizer_state_is_sharded_like_its_parameters():
-  mesh, table = _mesh("fsdp"), rules.PRESETS["fsdp"].params
+  spread = spread_lib.over("fsdp")
   params = {"w": jnp.zeros((64, 128)), "hole": None}
   spec_tree = {"w": MATRIX, "hole": MATRIX}
   for tx in (optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=32)):
     state = jax.eval_shape(tx.init, params)
-    placed = sharding.state_shardings(mesh, table, spec_tree, state)
+    placed = spread.state(spec_tree, state)
     by_shape = {
       leaf.shape: s.spec
       for leaf, s in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
@@ -78,21 +106,43 @@ def test_optimizer_state_is_sharded_like_its_parameters():
       assert spec == expected.get(shape, P()), (shape, spec)
 
 
-def test_large_replicated_arrays_are_reported():
-  mesh = _mesh("fsdp")
-  odd = {"w": jax.ShapeDtypeStruct((1001, 1003), jnp.float32)}
-  spec_tree = {"w": specs.ParamSpec(axes=("embed", "mlp"), kind="matrix")}
-  placed = sharding.tree_shardings(mesh, rules.PRESETS["fsdp"].params, spec_tree, odd)
-  with pytest.raises(errors.InputError, match="would replicate large arrays"):
-    sharding.check_not_replicated(mesh, "fsdp", odd, placed)
-  sharding.check_not_replicated(mesh, "dp", odd, placed)
+def _check(preset, spec, leaf, table="params", **fields):
+  spread = spread_lib.over(preset, **fields)
+  tree, spec_tree = {"w": leaf}, {"w": spec}
+  placed = getattr(spread, table)(spec_tree, tree)
+  spread.check(getattr(spread.preset, table), spec_tree, tree, placed)
 
 
-def test_mesh_mistakes():
-  with pytest.raises(errors.InputError, match="did you mean 'fsdp'"):
-    mesh_lib.MeshConfig(preset="fdsp")
-  with pytest.raises(errors.InputError, match="needs 16 devices"):
-    mesh_lib.make(mesh_lib.MeshConfig(shape=(16, 1, 1)))
-  assert _mesh("dp", num_devices=4).shape == {"data": 4, "fsdp": 1, "tensor": 1}
-  assert _mesh("dp", shape=(2, 2, 2)).devices.shape == (2, 2, 2)
-  assert np.prod(_mesh("tp").devices.shape) == 8
+def test_large_replicated_arrays_are_refused():
+  odd = jax.ShapeDtypeStruct((1001, 1003), jnp.float32)
+  spec = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=odd.shape)
+  message = (
+    r"^w \(4016012 bytes\) would be whole on each of the 8 devices along 'fsdp', which "
+    r"preset 'fsdp' splits it over: its 1001 'embed' do not divide by 8 \(1000 or 1008 "
+    r"do\); its 1003 'mlp' do not divide by 8 \(1000 or 1008 do\), or name it in "
+  )
+  with pytest.raises(errors.InputError, match=message):
+    _check("fsdp", spec, odd)
+  with pytest.raises(errors.InputError, match="1003 'mlp'"):
+    _check("tp", spec, odd)
+  with pytest.raises(errors.InputError, match="along 'data'"):
+    _check("zero1", spec, odd, "state")
+  _check("zero1", spec, odd)
+  _check("dp", spec, odd)
+  _check("fsdp", spec, odd, replicate="^w$")
+
+
+def test_key_heads_that_do_not_divide_are_replicated_and_reported():
+  spread = spread_lib.over("tp")
+  shape = jax.ShapeDtypeStruct((4096, 4 * 128), jnp.float32)
+  spec = specs.ParamSpec(
+    axes=("embed", "kv"), kind="matrix", head_dim=128, shape=shape.shape
+  )
+  _check("tp", spec, shape)
+  placed = spread.params({"k": spec}, {"k": shape})
+  assert sharding.replicated_keys(spread.mesh, {"k": spec}, placed) == ["k"]
+  queries = specs.ParamSpec(
+    axes=("embed", "heads"), kind="matrix", head_dim=128, shape=shape.shape
+  )
+  with pytest.raises(errors.InputError, match=r"its 4 'heads' do not divide by 8 \(8"):
+    _check("tp", queries, shape)

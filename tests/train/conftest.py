@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from effjax.core import precision, specs
 from effjax.optim import config as optim_config
-from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import spread as spread_lib
 from effjax.train import config as train_config
 from effjax.train import loop as loop_lib
 from effjax.train import state as state_lib
@@ -109,8 +109,8 @@ def make_config(**changes):
   return train_config.TrainConfig(**{"optimizer": optimizer, **values, **changes})
 
 
-def make_mesh(preset="dp", num_devices=1):
-  return mesh_lib.make(mesh_lib.MeshConfig(preset=preset, num_devices=num_devices))
+def make_spread(preset="dp", num_devices=1, **fields):
+  return spread_lib.over(preset, num_devices=num_devices, **fields)
 
 
 class Hooked(grain.DatasetIterator):
@@ -153,8 +153,7 @@ def make_toy():
       "specs": tree,
       "batches": make_batches(),
       "config": make_config(),
-      "mesh": make_mesh(),
-      "preset": "dp",
+      "spread": make_spread(),
       "key": jax.random.key(1),
     }
     return values | changes
@@ -169,7 +168,7 @@ def make_toy():
       "preset": "dp",
       "num_devices": 1,
     } | changes
-    mesh = make_mesh(values["preset"], values["num_devices"])
+    spread = make_spread(values["preset"], values["num_devices"])
     place = lambda: state_lib.place(
       values["model"],
       values["params"],
@@ -177,8 +176,7 @@ def make_toy():
       values["paths"],
       values["tx"],
       jax.random.key(1),
-      mesh,
-      values["preset"],
+      spread,
     )
     state, frozen, shardings = place()
     step = step_lib.make(
@@ -188,8 +186,8 @@ def make_toy():
       lambda step: 0.1,
       frozen,
       shardings,
-      mesh=mesh,
-      preset=values["preset"],
+      specs=tree,
+      spread=spread,
       micro_batches=values.get("micro_batches", 1),
       policy=values.get("policy"),
     )
@@ -213,7 +211,7 @@ def make_toy():
     rows=make_rows,
     batches=make_batches,
     config=make_config,
-    mesh=make_mesh,
+    spread=make_spread,
     arguments=arguments,
     build=build,
     plain=plain,

@@ -10,8 +10,7 @@ from effjax.compress import registry
 from effjax.core import partition, select, specs
 from effjax.core import tree as tree_lib
 from effjax.optim import config as optim_config
-from effjax.parallel import mesh as mesh_lib
-from effjax.parallel import rules, sharding
+from effjax.parallel import spread as spread_lib
 from effjax.train import adapters, loop
 from effjax.train import state as state_lib
 from effjax.weights.leaves import adapted, masked, quantized
@@ -77,7 +76,7 @@ def test_no_state_is_kept_of_what_stays(toy, start):
   assert paths == {"up", "down"}
   tx, _ = optim_config.build(toy.config().optimizer, toy.specs, STEPS)
   state, frozen, _ = state_lib.place(
-    toy.model, start, toy.specs, paths, tx, jax.random.key(0), toy.mesh(), "dp"
+    toy.model, start, toy.specs, paths, tx, jax.random.key(0), toy.spread()
   )
   sizes = lambda tree: sum(a.nbytes for a in jax.tree.leaves(tree) if a.ndim >= 2)
   assert sizes(state.params) == 4 * FACTORS
@@ -232,11 +231,10 @@ def test_state_of_adapters_is_split_like_they_are():
   leaf = adapted.Adapted.create(
     jnp.zeros((2, 64, 128)), jnp.zeros((2, 64, 4)), jnp.zeros((2, 4, 128)), 1.0
   )
-  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset="fsdp"))
-  table = rules.PRESETS["fsdp"].params
-  placed = sharding.tree_shardings(mesh, table, {"w": spec}, {"w": leaf})["w"]
+  spread = spread_lib.over("fsdp")
+  placed = spread.params({"w": spec}, {"w": leaf})["w"]
   trainable, _ = partition.partition({"w": leaf}, {"w"})
   state = jax.eval_shape(optax.scale_by_adam().init, trainable)
-  moments = sharding.state_shardings(mesh, table, {"w": spec}, state).mu["w"]
+  moments = spread.state({"w": spec}, state).mu["w"]
   assert moments.down.spec == placed.down.spec
   assert not moments.down.is_fully_replicated

@@ -117,8 +117,7 @@ def _config(toy, **changes):
 
 
 def test_the_teacher_is_an_argument_and_nothing_of_it_is_kept(toy):
-  config, preset = _config(toy), "dp"
-  mesh, tx = toy.mesh(), optax.sgd(0.1)
+  config, spread, tx = _config(toy), toy.spread(), optax.sgd(0.1)
   state, frozen, shardings = state_lib.place(
     toy.make_model(),
     toy.params,
@@ -126,8 +125,7 @@ def test_the_teacher_is_an_argument_and_nothing_of_it_is_kept(toy):
     frozenset(toy.params),
     tx,
     jax.random.key(1),
-    mesh,
-    preset,
+    spread,
   )
   teacher = base.Teacher(
     toy.make_model(), jax.tree.map(lambda a: a + 0.1 * jnp.sin(7 * a), state.params)
@@ -139,8 +137,8 @@ def test_the_teacher_is_an_argument_and_nothing_of_it_is_kept(toy):
     lambda step: 0.1,
     frozen,
     shardings,
-    mesh=mesh,
-    preset=preset,
+    specs=toy.specs,
+    spread=spread,
     micro_batches=2,
     teacher=teacher,
   )

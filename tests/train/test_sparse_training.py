@@ -95,7 +95,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(toy, name, tmp_path):
 @pytest.mark.parametrize("name", ["gradual_magnitude", "rigl"])
 def test_eight_devices_equal_one(toy, name):
   alone = train(toy, name)
-  spread = train(toy, name, mesh=toy.mesh("fsdp", 8), preset="fsdp")
+  spread = train(toy, name, spread=toy.spread("fsdp", 8))
   for path in ("up", "down"):
     a, b = spread.params[path], alone.params[path]
     np.testing.assert_array_equal(a.mask(), b.mask())

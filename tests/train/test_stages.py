@@ -13,7 +13,7 @@ from effjax.core import errors, specs, tree
 from effjax.data import tokenizers
 from effjax.models import config as model_config
 from effjax.models import decoder, encoder, encoder_config
-from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import spread as spread_lib
 from effjax.train import checkpoint, stages
 from effjax.weights.leaves import masked, quantized
 
@@ -115,8 +115,7 @@ def test_an_encoder_comes_back_equal(tmp_path, head):
 @pytest.mark.parametrize("preset", ["dp", "fsdp"])
 def test_onto_a_mesh(stage, preset):
   path, saved = stage
-  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset))
-  params = stages.load_stage(path, mesh, preset).params
+  params = stages.load_stage(path, spread_lib.over(preset)).params
   _same(params, saved.params)
   arrays = jax.tree.leaves(params)
   assert all(len(a.sharding.device_set) == 8 for a in arrays)

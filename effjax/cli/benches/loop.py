@@ -13,7 +13,7 @@ from effjax.core import specs as specs_lib
 from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.optim import config as optim_config
-from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import spread as spread_lib
 from effjax.train import config as train_config
 from effjax.train import overhead
 from effjax.train import state as state_lib
@@ -72,8 +72,7 @@ def bench(quick: bool = False) -> timing.Table:
 
 def _prepare(model, config):
   """A function that makes fresh states, and the step."""
-  mesh_config = mesh_lib.MeshConfig(num_devices=1)
-  mesh = mesh_lib.make(mesh_config)
+  spread = spread_lib.over("dp", num_devices=1)
   specs = specs_lib.specs(model)
   params = jax.jit(model.init)(jax.random.key(0), *model.example_inputs())["params"]
   paths = select.select(specs, select.Where())
@@ -81,8 +80,7 @@ def _prepare(model, config):
 
   def place():
     key = jax.random.key(1)
-    preset = mesh_config.preset
-    return state_lib.place(model, params, specs, paths, tx, key, mesh, preset)
+    return state_lib.place(model, params, specs, paths, tx, key, spread)
 
   _, frozen, shardings = place()
   step = step_lib.make(
@@ -92,8 +90,8 @@ def _prepare(model, config):
     lr_fn,
     frozen,
     shardings,
-    mesh=mesh,
-    preset=mesh_config.preset,
+    specs=specs,
+    spread=spread,
   )
   return (lambda: place()[0]), step
 

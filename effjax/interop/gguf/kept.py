@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from effjax.core import layers
@@ -19,8 +18,7 @@ from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.interop import assemble
 from effjax.interop.gguf import formats, leaves, reader, writer
-from effjax.parallel import rules as parallel_rules
-from effjax.parallel import sharding
+from effjax.parallel import spread as spread_lib
 
 # Codes that are unpacked at a time, a byte each: it takes several times that.
 _UNPACKED_BYTES = 2**22
@@ -60,8 +58,7 @@ def read(
   file: reader.File,
   source: Any,
   dtype: DTypeLike | None = np.float32,
-  mesh: Mesh | None = None,
-  preset: str = "dp",
+  spread: spread_lib.Spread | None = None,
 ) -> dict[str, Any]:
   """The parameter tree, with quantized leaves where the file is quantized.
 
@@ -69,7 +66,7 @@ def read(
     places: of all parameters, checked.
     file: where the tensors are.
     source: decodes those that are not kept; see interop.rules.Source.
-    dtype, mesh, preset: see assemble.read; dtype is that of what is decoded.
+    dtype, spread: see assemble.read; dtype is that of what is decoded.
   """
   flat: dict[str, Any] = {}
   decoded = []
@@ -80,14 +77,13 @@ def read(
       decoded.append(place)
       continue
     leaf = _leaf(place, file, type)
-    if mesh is not None:
+    if spread is not None:
       specs, tree = {"leaf": place.spec}, {"leaf": leaf}
-      table = parallel_rules.find(preset).params
-      tree = jax.device_put(tree, sharding.tree_shardings(mesh, table, specs, tree))
+      tree = jax.device_put(tree, spread.params(specs, tree))
       leaf = tree["leaf"]
     flat[place.path] = leaf
   if decoded:
-    plain = assemble.read(decoded, source, dtype, mesh, preset)
+    plain = assemble.read(decoded, source, dtype, spread)
     flat |= tree_lib.flatten(plain)
   return tree_lib.unflatten(flat)
 

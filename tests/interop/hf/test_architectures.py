@@ -10,7 +10,7 @@ import pytest
 
 from effjax.core import errors
 from effjax.interop.hf import architecture, folder, weights_files
-from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import spread as spread_lib
 
 pytestmark = pytest.mark.oracle
 
@@ -235,8 +235,7 @@ def test_bfloat16_files_are_kept_or_widened(saved, tmp_path):
 @pytest.mark.parametrize("name", ["qwen3_moe", "mamba2"])
 def test_weights_go_straight_onto_a_mesh(name, preset, saved):
   opened = folder.open_folder(saved(name)[0])
-  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset=preset))
-  sharded = opened.load(np.float32, mesh, preset)
+  sharded = opened.load(np.float32, spread_lib.over(preset))
   plain = opened.load()
   jax.tree.map(np.testing.assert_array_equal, sharded, plain)
   split = [a for a in jax.tree.leaves(sharded) if not a.sharding.is_fully_replicated]

@@ -70,8 +70,8 @@ def test_splash_runs_on_the_rows_and_heads_of_each_device():
   arrays = _inputs(4, 128, 4, 2, 8)
   run = jax.jit(functools.partial(splash.attention, interpret=True))
   expected = run(*arrays)
-  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset="tp", shape=(4, 1, 2)))
-  with shard.use_rules(mesh, rules.PRESETS["tp"].activations):
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset="dp+tp", shape={"tensor": 2}))
+  with shard.use_rules(mesh, rules.find("dp+tp").activations):
     split = jax.jit(functools.partial(splash.attention, interpret=True))
     _close(split(*arrays), expected, 1e-5)
     assert "shard_map" in str(jax.make_jaxpr(split)(*arrays))
