@@ -1,9 +1,10 @@
 """Ends every process of a run when one of them ends badly, and says which one it was.
 
 JAX's coordination service finds a dead process by its missing heartbeats, and then
-aborts all others from C++, with pages that name a number. Before that, two threads here
-wait for bad news, without asking again and again: one at a barrier that nobody else
-joins, which fails with the number of the process that died; one for a key that a
+aborts all others from C++, with pages that name a number. Before that, three threads
+here wait for bad news, without asking again and again: one at a barrier that nobody
+else joins, which fails with the number of the process that died; one at a connection to
+process 0, which serves all this and cannot report its own death; one for a key that a
 process sets when an error ends it, with the error's line and exit code. So an error of
 one process (a folder in use, a full disk) is the error of all, and nobody waits for a
 process that has gone, whatever its main thread is blocked in.
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from jax._src import distributed
 
 from effjax.core import errors
 from effjax.parallel import hosts
@@ -34,6 +37,8 @@ _FOREVER_MS = 2**31 - 1
 _GRACE_SECS = 3.0
 # What lets the others read the news from process 0, which serves it.
 _FAREWELL_SECS = 3.0
+# Between attempts to reach process 0; some of them fit into a delayed abort.
+_RETRY_SECS = 1.0
 # After this long, an interpreter that hangs while it ends is ended.
 _EXIT_SECS = 20.0
 # What all processes decide together: nobody has to be told.
@@ -59,7 +64,7 @@ class Watch:
 
   def __enter__(self) -> "Watch":
     _delay_aborts()
-    for watch in (self._await_death, self._await_error):
+    for watch in (self._await_death, self._await_error, self._await_coordinator):
       threading.Thread(target=watch, daemon=True).start()
     return self
 
@@ -111,15 +116,36 @@ class Watch:
     try:
       self._client.wait_at_barrier(f"effjax/watch/{self._process}", _FOREVER_MS)
     except jax.errors.JaxRuntimeError as error:
-      if self._leaving.is_set():
-        return
-      line = (
-        f"{obituary(str(error), self.name, self._heartbeat_secs)}; "
-        f"{self.name(self._process)} ends too; the same command resumes from what was "
-        "saved"
-      )
-      # Process 0 is the service: it stays until all others have heard.
-      self._end(line, 1, lambda: time.sleep(_FAREWELL_SECS if hosts.first() else 0))
+      self._mourn(obituary(str(error), self.name, self._heartbeat_secs))
+
+  def _await_coordinator(self) -> None:
+    if self._process == 0:
+      return
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    failures = 0
+    while failures < 3:
+      try:
+        # The service closes a line on which nothing is said, but it can be had again.
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as line:
+          failures = 0
+          _keep_alive(line, self._heartbeat_secs)
+          with contextlib.suppress(OSError):
+            while line.recv(4096):
+              pass
+      except OSError:
+        failures += 1
+      time.sleep(_RETRY_SECS)
+    self._mourn(f"{self.name(0)}, the coordinator, is dead or cut off")
+
+  def _mourn(self, death: str) -> None:
+    if self._leaving.is_set():
+      return
+    line = (
+      f"{death}; {self.name(self._process)} ends too; the same command resumes from "
+      "what was saved"
+    )
+    # Process 0 is the service: it stays until all others have heard.
+    self._end(line, 1, lambda: time.sleep(_FAREWELL_SECS if hosts.first() else 0))
 
   def _end(self, line: str, code: int, farewell: Callable[[], Any]) -> None:
     """Ends this process, whose main thread may be blocked for good."""
@@ -147,7 +173,21 @@ def obituary(message: str, name: Callable[[int], str], heartbeat_secs: float) ->
   left = re.findall(r"task disconnected.*Task: (\d+)", message, re.DOTALL)
   if left:
     return f"{name(int(left[0]))} has left the run before its end"
-  return f"{name(0)}, the coordinator, is dead or cut off: its connection broke"
+  return f"{name(0)}, the coordinator, is dead or cut off"
+
+
+def _keep_alive(line: socket.socket, secs: float) -> None:
+  """Has the system find out within about `secs` if a silent line leads nowhere."""
+  line.settimeout(None)
+  line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  third = max(1, round(secs / 3))
+  for name, value in (
+    ("TCP_KEEPIDLE", third),
+    ("TCP_KEEPINTVL", third),
+    ("TCP_KEEPCNT", 2),
+  ):
+    if hasattr(socket, name):
+      line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _delay_aborts() -> None:

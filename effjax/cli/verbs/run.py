@@ -16,6 +16,7 @@ Examples:
 import argparse
 import os
 import pathlib
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
   # Before anything else is imported that might ask JAX for its devices.
   with launch.joined(wanted):
     from effjax.cli import tables
-    from effjax.recipe import runner
+    from effjax.recipe import folder, runner
 
     root = runner.run(
       args.config,
@@ -102,5 +103,11 @@ def main(args: argparse.Namespace) -> None:
       profile=args.profile,
     )
     is_first = hosts.first()
-  if is_first:
-    tables.show([root], as_json=args.json)
+  if not is_first:
+    return
+  if args.until is not None and not (root / folder.RESULT).exists():
+    print(
+      f"{root}: run up to {args.until}; without --until it goes on", file=sys.stderr
+    )
+    return
+  tables.show([root], as_json=args.json)
