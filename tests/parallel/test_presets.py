@@ -1,7 +1,5 @@
 """Every preset, and the pairs that make sense, trains like one device."""
 
-import jax
-import numpy as np
 import pytest
 
 from effjax.parallel import spread as spread_lib

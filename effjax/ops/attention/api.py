@@ -125,8 +125,7 @@ def explain(implementation: str, problem: choice.Problem) -> choice.Choice:
 
 def device_facts() -> dict[str, object]:
   """Platform and compute capability of the active mesh or the default device."""
-  active = shard.current()
-  device = jax.devices()[0] if active is None else active[0].devices.flat[0]
+  device = shard.device()
   if device.platform == "tpu":
     return {"platform": "tpu"}
   if device.platform not in ("gpu", "cuda"):

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effjax.core import shard
 from effjax.core.config import require
 from effjax.ops.attention import masks, patterns, xla
 
@@ -89,7 +90,7 @@ def attention(
   num_rows, q_len, num_heads, head_dim = q_BLHK.shape
   kv_len, num_groups = k_BSGK.shape[1:3]
   if block is None:
-    block = block_size(pattern, q_len, kv_len, jax.default_backend())
+    block = block_size(pattern, q_len, kv_len, shard.platform())
   require(block >= 1, f"block={block} must be at least 1")
   explicit = q_positions_BL is not None or kv_positions_BS is not None
   q_tokens, kv_tokens = masks.tokens(
