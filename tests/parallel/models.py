@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from effjax.compress import registry
+from effjax.core import select
 from effjax.core import specs as specs_lib
+from effjax.core import tree as tree_lib
 from effjax.models import config as model_config
 from effjax.models import decoder
 from effjax.parallel import spread as spread_lib
+from effjax.train import adapters
 from effjax.train import config as train_config
 from effjax.train import state as state_lib
 from effjax.train import step as step_lib
+from effjax.weights.leaves import quantized
 
 BATCH, LENGTH, VOCAB = 8, 32, 64
 NUM_STEPS = 5
@@ -57,11 +62,26 @@ def config(name, **changes):
 
 
 @functools.cache
-def model(name):
-  """A model of this file, its parameters and specs."""
+def model(name, kind=None):
+  """A model of this file, its parameters (as leaves of a kind) and specs."""
   made = decoder.Decoder(config(name))
-  init = lambda key: made.init(key, *made.example_inputs())["params"]
-  return made, jax.jit(init)(jax.random.key(0)), specs_lib.specs(made)
+  specs = specs_lib.specs(made)
+  if kind is None:
+    init = lambda key: made.init(key, *made.example_inputs())["params"]
+    return made, jax.jit(init)(jax.random.key(0)), specs
+  params = model(name)[1]
+  for technique, options in LEAVES[kind]:
+    params = registry.find(technique)(params, specs, options=options)
+  return made, params, specs
+
+
+# How weights become leaves of a kind, one transform after the other.
+LEAVES = {
+  "int8": [("rtn", {"bits": 8})],
+  "qlora": [("rtn", {"bits": 4, "group": 8}), ("lora", {"rank": 4})],
+  "lowrank": [("svd", {"rank": 8})],
+  "qat": [("qat", {"bits": 4})],
+}
 
 
 def batch(step=0):
@@ -94,9 +114,7 @@ def keeping_gradients():
 def start(spread, made, params, specs, **changes):
   """The step under a spread, and its first state."""
   tx = optax.chain(keeping_gradients(), optax.adamw(1e-3, weight_decay=0.01))
-  paths = changes.pop("paths", None)
-  if paths is None:
-    paths = frozenset(_flat(params))
+  paths = trained(params, specs)
   key = jax.random.key(1)
   state, frozen, shardings = state_lib.place(
     made, params, specs, paths, tx, key, spread
@@ -130,10 +148,21 @@ def train(spread, made, params, specs, num_steps=NUM_STEPS, **changes):
 
 
 @functools.cache
-def on_one_device(name, micro_batches=1):
+def on_one_device(name, kind=None, micro_batches=1):
   """What every preset must repeat."""
   spread = spread_lib.over("dp", num_devices=1)
-  return train(spread, *model(name), micro_batches=micro_batches)
+  return train(spread, *model(name, kind), micro_batches=micro_batches)
+
+
+def check(spread, name, kind=None, micro_batches=1, **changes):
+  """Trains like one device, under a spread; returns the last state."""
+  changes.setdefault("micro_batches", micro_batches)
+  losses, gradients, params, state = train(spread, *model(name, kind), **changes)
+  wanted = on_one_device(name, kind, micro_batches)
+  assert_close(losses[0], wanted[0][0], 1e-5)
+  assert_close(gradients, wanted[1], 1e-5)
+  assert_close(params, wanted[2], 1e-4)
+  return state
 
 
 def assert_close(got, wanted, tolerance):
@@ -147,7 +176,12 @@ def assert_close(got, wanted, tolerance):
   jax.tree_util.tree_map_with_path(close, got, wanted)
 
 
-def _flat(params):
-  from effjax.core import tree
-
-  return tree.flatten(params)
+def trained(params, specs):
+  """Adapters if there are any, else everything that can be trained."""
+  paths = adapters.trained(params, specs, select.Where())
+  fixed = {
+    path
+    for path, leaf in tree_lib.flatten(params).items()
+    if isinstance(leaf, quantized.Quantized)
+  }
+  return frozenset(paths) - fixed
