@@ -202,10 +202,10 @@ def _reach(order: Order) -> tuple[float, float]:
     return -np.inf, np.inf
   pattern = order.pattern
   if not isinstance(pattern, patterns.Window):
-    return (0 if pattern.causal else -np.inf), np.inf
+    return (0.0 if pattern.causal else -np.inf), np.inf
   if pattern.causal:
-    return 0, pattern.window - 1
-  return -(pattern.window // 2), pattern.window // 2
+    return 0.0, pattern.window - 1.0
+  return -float(pattern.window // 2), float(pattern.window // 2)
 
 
 def choose(
