@@ -4,8 +4,8 @@ Jacobs et al. 2023, arXiv:2309.14509, section 3: an all-to-all brings whole sequ
 1 / n of the heads to each of n devices, any attention runs on them, another one brings
 the outputs back.
 Deviation: with fewer key heads than devices, or a number that n does not divide, key
-heads are sent to every device with a query head that needs them; no device gets one
-that it does not need.
+heads are sent to every device with query heads that need them, and to no other (twice,
+if they would else serve different numbers of them).
 
 Local letters: W size of a value head, G key heads.
 """
