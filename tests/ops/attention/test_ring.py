@@ -169,10 +169,12 @@ def test_heads_that_do_not_divide_are_whole_on_each_device():
   on_mesh.check("ring+tp", shape, {"heads": 6, "groups": 3})
 
 
-def test_explicit_positions_make_no_assumption_about_the_order():
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_explicit_positions_make_no_assumption_about_the_order(name):
   rng = np.random.default_rng(3)
   positions = jnp.asarray([rng.permutation(on_mesh.LENGTH) for _ in range(2)])
   options = {"q_positions_BL": positions, "kv_positions_BS": positions}
+  options["pattern"] = CASES[name]
   arrays = on_mesh.inputs()
   expected = on_mesh.outputs_and_gradients(reference.attention, arrays, **options)
   with on_mesh.active("ring", context=4):
