@@ -83,7 +83,12 @@ def _alone(name):
     ("decoder", "ulysses", {"context": 4}),
     ("decoder", "ring+tp", {"context": 4, "tensor": 2}),
     ("decoder", "fsdp+ring", {"fsdp": 2, "context": 4}),
-    ("decoder", "ulysses+tp+dp", {"data": 2, "context": 2, "tensor": 2}),
+    pytest.param(
+      "decoder",
+      "ulysses+tp+dp",
+      {"data": 2, "context": 2, "tensor": 2},
+      marks=pytest.mark.slow,
+    ),
     ("encoder", "ring", {"context": 4}),
     ("encoder", "ulysses+dp", {"data": 2, "context": 4}),
   ],

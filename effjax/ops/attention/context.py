@@ -42,8 +42,12 @@ def explain(implementation: str, problem: choice.Problem) -> choice.Choice:
   ways = problem.length_ways
   if not problem.whole_heads:
     zigzag = _ring_order(implementation, problem).zigzag
-    order = "in an order that balances them" if zigzag else "in contiguous order"
-    return choice.Choice("ring", f"the length is split over {ways} devices, {order}")
+    reason = f"the length is split over {ways} devices, "
+    reason += "in an order that balances them" if zigzag else "in contiguous order"
+    if not problem.pattern.relative:
+      name = type(problem.pattern).__name__
+      reason += f"; it masks what {name} hides, and multiplies it"
+    return choice.Choice("ring", reason)
   inner = choice.explain(implementation, of_one_device(problem))
   return choice.Choice(
     "ulysses",

@@ -19,6 +19,7 @@ Local letters: P pairs of a block of queries and a block of keys.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -188,12 +189,12 @@ def _layout(order: Order, distance: int) -> np.ndarray:
     order: the order.
     distance: from the first key of a part to the first query of one.
   """
-  nearest, furthest = _reach(order)
+  closest, furthest = _reach(order)
   first = np.arange(order.num_blocks) * order.block
   last = np.minimum(first + order.block, order.part_len) - 1
   most = distance + last[:, None] - first[None]
   least = distance + first[:, None] - last[None]
-  return (most >= nearest) & (least <= furthest)
+  return (most >= closest) & (least <= furthest)
 
 
 def _reach(order: Order) -> tuple[float, float]:
@@ -212,7 +213,7 @@ def choose(
   pattern: patterns.Pattern,
   num_devices: int,
   slice_len: int,
-  block_size: Any,
+  block_size: Callable[[int], int],
   by_index: bool,
 ) -> Order:
   """The order in which the busiest device multiplies fewest pairs.
@@ -221,7 +222,7 @@ def choose(
     pattern: who sees whom.
     num_devices: n.
     slice_len: tokens of a device.
-    block_size: function of the tokens of a part, to the tokens of a block.
+    block_size: tokens of a block, of the tokens of a part.
     by_index: see Order.
 
   Raises:

@@ -137,8 +137,15 @@ def test_the_balanced_order_is_a_permutation_that_round_trips(count):
   np.testing.assert_array_equal(back, x_BL)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [
+    *itertools.product(("causal", "full", "window", "both sides"), (2, 4, 8)),
+    ("wide window", 4),
+    ("bigbird", 4),
+    ("longformer", 4),
+  ],
+)
 def test_equals_reference_with_gradients(name, count):
   """Grouped queries, values of another size, capped scores, packed rows, padding."""
   on_mesh.check("ring", {"context": count}, pattern=CASES[name], logit_cap=3.0)
@@ -310,6 +317,8 @@ def test_says_what_it_runs_and_why():
   assert found.name == "ring" and "over 4 devices, in an order" in found.reason
   found = api.explain("auto", problem(**shapes, pattern=patterns.Window(64)))
   assert found.name == "ring" and "contiguous" in found.reason
+  found = api.explain("blockwise", problem(**shapes, pattern=patterns.BigBird()))
+  assert found.name == "ring" and "what BigBird hides, and mult" in found.reason
   with on_mesh.active("ring+tp", context=4, tensor=2):
     facts = api.device_facts()
   assert facts["length_ways"] == 4 and facts["head_ways"] == 2
