@@ -16,6 +16,12 @@ SHAPES = {
   "hsdp": {"data": 2},
   "tp": {"tensor": 4},
   "ep": {},
+  "ring": {},
+  "ulysses": {"context": 4},
+  "ring+tp": {"tensor": 2},
+  "fsdp+ring": {"fsdp": 2, "context": 4},
+  "fsdp+ulysses": {"context": 4},
+  "ring+ep": {"expert": 2, "context": 4},
   "fsdp+tp": {"tensor": 2},
   "hsdp+tp": {"data": 2, "tensor": 2},
   "zero1+tp": {"tensor": 2},
@@ -76,6 +82,13 @@ def test_dense_models_split_in_layers(preset):
   assert held(spread, matrix) == whole(matrix) / ways
 
 
+@pytest.mark.parametrize(
+  "preset", ["ring", "ulysses", "ring+tp", "fsdp+ring", "fsdp+ulysses"]
+)
+def test_dense_models_of_split_sequences(preset):
+  models.check(over(preset), "dense")
+
+
 @pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp"])
 def test_mamba2(preset):
   models.check(over(preset), "mamba2")
@@ -86,7 +99,9 @@ def test_hybrids(preset):
   models.check(over(preset), "hybrid")
 
 
-@pytest.mark.parametrize("preset", ["ep", "ep+fsdp", "ep+tp", "dp+ep", "fsdp"])
+@pytest.mark.parametrize(
+  "preset", ["ep", "ep+fsdp", "ep+tp", "dp+ep", "fsdp", "ring+ep"]
+)
 @pytest.mark.parametrize("name", ["moe", "dropless"])
 def test_experts(name, preset):
   models.check(over(preset), name)
