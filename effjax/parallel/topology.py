@@ -5,6 +5,7 @@ its chips along each axis of the network, such as "v5e:2x4" or "v5p:8x8x16".
 """
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -68,6 +69,7 @@ def spread(name: str, mesh_config: mesh_lib.MeshConfig) -> spread_lib.Spread:
   """
   chips = devices(name)
   sizes = mesh_lib.sizes(mesh_config, len(chips))
+  chips = chips[: math.prod(sizes)]
   axis_types = (AxisType.Auto,) * len(rules.AXES)
   mesh = Mesh(mesh_lib.grid(chips, sizes), rules.AXES, axis_types=axis_types)
   return spread_lib.Spread(mesh, mesh_config)
