@@ -143,6 +143,11 @@ class Spread:
     spec = self._rows(rows.shape[0], rows.ndim, rows.shape[1:])
     return jax.make_array_from_callback(rows.shape, spec, lambda place: rows[place])
 
+  def abstract(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What `put` makes of a batch of a global shape `[B, L, ...]`."""
+    sharding = self._rows(shape[0], len(shape), shape[1:])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
   def _rows(self, num_rows: int, ndim: int, rest: Sequence[int] = ()) -> NamedSharding:
     axes = ("batch", "length")[:ndim] + (None,) * (ndim - 2)
     spec = shard_lib.partition_spec(

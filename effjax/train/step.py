@@ -75,6 +75,22 @@ class Step:
       placed[name] = self.spread.put(rows)
     return placed
 
+  def lower(
+    self, state: state_lib.TrainState, batch_size: int, length: int
+  ) -> jax.stages.Lowered:
+    """The step for the mesh, not compiled, from shapes (see `Laid.abstract`).
+
+    Args:
+      state: the state, of ShapeDtypeStructs with shardings.
+      batch_size, length: of the batches, over all processes.
+    """
+    kinds = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
+    batch = {
+      name: self.spread.abstract((batch_size, length), dtype)
+      for name, dtype in (kinds | {"weights": jnp.float32}).items()
+    }
+    return self.fn.lower(state, self.fixed, batch)
+
   def num_compilations(self) -> int:
     """How often the step was compiled so far; more than once is a mistake."""
     return self.fn._cache_size()
