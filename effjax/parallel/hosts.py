@@ -176,7 +176,10 @@ def _late(error: Exception, what: str, start: float) -> Exception:
   """The error of a wait that took too long; any other error as it is."""
   if "DEADLINE_EXCEEDED" not in str(error):
     return error
+  me, secs = f"process {jax.process_index()}", time.monotonic() - start
+  if secs < _timeout_secs / 2:
+    return errors.LostError(f"{me} came too late: the others waited for {what}")
   return errors.LostError(
-    f"process {jax.process_index()} waited {time.monotonic() - start:.0f} s for "
-    f"{what}; look for the last line of the others, or raise --dist-timeout"
+    f"{me} waited {secs:.0f} s for {what}; look for the last line of the others, or "
+    "raise --dist-timeout"
   )

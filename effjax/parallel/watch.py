@@ -61,11 +61,14 @@ class Watch:
     self._heartbeat_secs = heartbeat_secs
     self._leaving = threading.Event()
     self._saying = threading.Lock()
+    self._asking: list[threading.Thread] = []
 
   def __enter__(self) -> "Watch":
     _delay_aborts()
-    for watch in (self._await_death, self._await_error, self._await_coordinator):
-      threading.Thread(target=watch, daemon=True).start()
+    for watch in (self._await_death, self._await_error):
+      self._asking.append(threading.Thread(target=watch, daemon=True))
+      self._asking[-1].start()
+    threading.Thread(target=self._await_coordinator, daemon=True).start()
     return self
 
   def __exit__(
@@ -75,20 +78,29 @@ class Watch:
     trace: TracebackType | None,
   ) -> None:
     del kind, trace
+    lost = None
     if error is None or isinstance(error, _AGREED):
-      hosts.meet("all processes to end")
-    elif isinstance(error, jax.errors.JaxRuntimeError | errors.LostError):
-      # Most likely a collective with a process that has died: then the other thread
-      # ends this process, and says so.
+      try:
+        hosts.meet("all processes to end")
+      except (jax.errors.JaxRuntimeError, errors.LostError) as failed:
+        error = lost = failed
+    if isinstance(error, jax.errors.JaxRuntimeError | errors.LostError):
+      # Most likely a collective with a process that has died: then another thread ends
+      # this process, and says so.
       time.sleep(self._heartbeat_secs + _FAREWELL_SECS)
-    self._leaving.set()
-    code = 0
+    with self._saying:  # Whoever is ending this process keeps it.
+      self._leaving.set()
     if error is not None:
       code = getattr(error, "exit_code", 1)
       self._announce(error, code)
-    _exit_later(code)
+      _exit_later(code)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       jax.distributed.shutdown()  # Waits until the others are here, too.
+    for thread in self._asking:
+      # A thread that comes out of C++ when the interpreter has gone aborts.
+      thread.join(_EXIT_SECS / 2)
+    if lost is not None:
+      raise lost
 
   def name(self, process: int) -> str:
     """A process, in words."""
@@ -150,6 +162,8 @@ class Watch:
   def _end(self, line: str, code: int, farewell: Callable[[], Any]) -> None:
     """Ends this process, whose main thread may be blocked for good."""
     with self._saying:
+      if self._leaving.is_set():
+        return
       os.write(sys.stderr.fileno(), f"effjax: error: {line}\n".encode())
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         farewell()
