@@ -131,6 +131,7 @@ def joined(wanted: Request, environ: Mapping[str, str] = os.environ) -> Iterator
     yield
     return
   hosts.set_timeout(wanted.timeout_secs)
+  _order_collectives()
   with _stdout_to_stderr():
     _connect(cluster, wanted)
     if not hosts.several():
@@ -144,6 +145,20 @@ def joined(wanted: Request, environ: Mapping[str, str] = os.environ) -> Iterator
           f"{jax.device_count()} devices ({jax.devices()[0].device_kind})\n"
         )
       yield
+
+
+def _order_collectives() -> None:
+  """Has XLA's CPU backend run the collectives of a program in one order everywhere.
+
+  By default it runs independent parts of a program side by side, collectives among
+  them, and two processes that begin with different ones wait for each other for good
+  (jaxlib 0.10.2; found with sparse training under "fsdp"). XLA reads its flags when
+  the first program is compiled.
+  """
+  flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+  flags = os.environ.get("XLA_FLAGS", "")
+  if flag not in flags and not cloud_tpu_init.running_in_cloud_tpu_vm:
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 
 def _check_explicit(made: Request) -> None:

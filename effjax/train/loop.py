@@ -24,6 +24,7 @@ from effjax.core import select as select_lib
 from effjax.optim import config as optim_config
 from effjax.optim import sparse
 from effjax.optim import sparsity as sparsity_lib
+from effjax.parallel import hosts
 from effjax.parallel import spread as spread_lib
 from effjax.train import adapters, checkpoint, masks, signals, timing, writers
 from effjax.train import config as train_config
@@ -115,7 +116,8 @@ def train(
     config.optimizer,
     specs,
     config.num_steps,
-    masks=kept,
+    # Constants of programs, which parts of arrays in other processes cannot be.
+    masks=jax.tree.map(hosts.whole, kept) if hosts.several() else kept,
     sparsifier=_sparsifier(config, params, specs, paths, key),
   )
   state, frozen, shardings = state_lib.place(
@@ -232,7 +234,7 @@ class Loop:
       self.chrono.restore(notes.pop("chrono"))
       self.notes = notes
       self._console.notice(f"{self._stage}: resuming at step {step}")
-    if jax.process_index() == 0:
+    if hosts.first():
       self._writers = [
         writers.JsonlWriter(self._workdir / "metrics.jsonl", self._stage, step),
         writers.TensorBoardWriter(self._workdir / "tb" / self._stage, step),
@@ -342,7 +344,7 @@ class Loop:
   def _diverged(self, step: int, metrics: dict[str, float]) -> None:
     bad = ", ".join(f"{k} {v}" for k, v in metrics.items() if v - v != 0)
     message = f"{self._stage} diverged at step {step} ({bad})"
-    if self._workdir is not None and jax.process_index() == 0:
+    if self._workdir is not None and hosts.first():
       path = self._workdir / f"diverged-{self._stage}.json"
       report = {
         "stage": self._stage,

@@ -13,7 +13,7 @@ from tests import processes
 
 LAUNCH = processes.ROOT / "experiments" / "launch"
 NUM_STEPS, EVAL_AT = 20, 10
-_CONFIG = '''"""Trains; then int8, or evaluates slowly, if asked to."""
+_CONFIG = '''"""Trains; then int8, or sparsely, or evaluates slowly, if asked to."""
 import time
 
 import ml_collections
@@ -71,6 +71,13 @@ def get_config(arg=""):
     "optimizer": {"name": "adamw", "learning_rate": 3e-3},
   }
   c.stages = ({"name": "train", "technique": "train", "options": training},)
+  if arg == "sparse":
+    rigl = {"name": "rigl", "sparsity": 0.5, "options": {"every": 2}}
+    short = training | {"num_steps": 4}
+    c.stages = (
+      {"name": "train", "technique": "train", "options": short | {"sparsity": rigl}},
+      {"name": "tuned", "technique": "train", "options": short},
+    )
   if arg == "int8":
     c.stages += ({"name": "int8", "technique": "rtn"},)
   return c

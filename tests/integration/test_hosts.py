@@ -189,6 +189,25 @@ def test_transforms_need_whole_parameters(runs):
   assert mine["decode_ms_p50"] > 0
 
 
+@pytest.mark.slow
+def test_masks_that_are_split_over_processes(runs):
+  """Sparse training, then training under its masks.
+
+  Its first program has collectives in parts that do not depend on each other.
+  """
+  together, alone = "sparse", "sparse-alone"
+  shared = dict(config="tiny.py:sparse", devices=1)
+  runs.finish(2, together, "--config.mesh.preset=fsdp", **shared)
+  runs.finish(1, alone, "--dist=off", **shared)
+  assert runs.losses(together) == pytest.approx(runs.losses(alone), rel=1e-4, abs=0)
+  found, expected = (
+    json.loads((runs.folder / name / "result.json").read_text())["stages"]
+    for name in (together, alone)
+  )
+  for ours, theirs in zip(found, expected, strict=True):
+    assert ours["num_nonzero"] == theirs["num_nonzero"] < ours["num_params"]
+
+
 def test_what_process_0_refuses_all_refuse(runs):
   root = runs.folder / "taken"
   with folder.opened(root, {}, []):

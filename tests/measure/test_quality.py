@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.core import specs as specs_lib
 from effjax.measure import quality
+from effjax.parallel import spread as spread_lib
 
 
 def test_loss_equals_numpy_float64(model, params, text):
@@ -36,6 +38,44 @@ def test_batch_size_does_not_matter(model, params, text):
   one = quality.evaluate(model, params, text, batch_size=1)
   two = quality.evaluate(model, params, text, batch_size=2)
   assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("preset", "fields"),
+  [
+    ("dp", {"num_devices": 2}),
+    ("fsdp", {"num_devices": 8}),
+    ("tp", {"num_devices": 2}),
+  ],
+)
+def test_devices_share_the_rows_where_they_divide(model, params, text, preset, fields):
+  """Two rows: on two devices one each, on eight every one computes both."""
+  expected = quality.evaluate(model, params, text, batch_size=2)
+  spread = spread_lib.over(preset, **fields)
+  placed = jax.device_put(params, spread.params(specs_lib.specs(model), params))
+  found = quality.evaluate(model, placed, text, batch_size=2, spread=spread)
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+  assert {**found, "loss": 0} == pytest.approx({**expected, "loss": 0}, rel=1e-6)
+  (batch,) = text.batches(2)
+  put = spread.put_all(batch["inputs"])
+  rows = {shard.data.shape[0] for shard in put.addressable_shards}
+  assert rows == ({1} if preset == "dp" else {2})
+  answers = dataclasses.replace(text, num_bytes=None)
+  right = quality.evaluate(model, placed, answers, batch_size=2, spread=spread)
+  assert right["accuracy"] == quality.evaluate(model, params, answers, 2)["accuracy"]
+
+
+def test_an_evaluation_can_be_left_between_batches(model, params, text):
+  asked = []
+
+  def pause():
+    asked.append(len(asked))
+    if len(asked) == 2:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    quality.evaluate(model, params, text, batch_size=1, pause=pause)
+  assert asked == [0, 1]
 
 
 def test_not_finite_is_null_rather_than_a_number(model, params, text):

@@ -213,6 +213,36 @@ def test_a_damaged_checkpoint_falls_back(toy, tmp_path, capsys, straight):
   assert _rows(tmp_path) == _rows(straight[0])
 
 
+def test_the_position_in_the_data_is_a_number_beside_the_arrays(
+  toy, tmp_path, monkeypatch, straight
+):
+  """And what was written when grain kept it in a file of its own is read as well."""
+  with pytest.raises(CrashError):
+    toy.loop(tmp_path, batches=toy.hooked(_crash_at(5))).run()
+  folder = tmp_path / "checkpoints/train/4"
+  meta = json.loads((folder / "meta/metadata").read_text())
+  assert meta["position"] == {"next_index": 4}
+  assert not (folder / "data").exists()
+
+  save = checkpoint.ocp.CheckpointManager.save
+
+  def old(self, step, args):
+    del args.meta.item["position"]
+    batches = checkpoint.grain.checkpoint.CheckpointSave(given)
+    data = checkpoint.ocp.args.Composite(**args, data=batches)
+    return save(self, step, args=data)
+
+  other = tmp_path / "old"
+  given = toy.hooked(_crash_at(5))
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "save", old)
+    with pytest.raises(CrashError):
+      toy.loop(other, batches=given).run()
+  assert (other / "checkpoints/train/4/data").exists()
+  for root in (tmp_path, other):
+    _same(toy.loop(root).run(), straight[1])
+
+
 def test_another_config_cannot_continue(toy, tmp_path):
   toy.loop(tmp_path).run()
   with pytest.raises(errors.InputError, match=r"config\.log_every: 1 -> 2"):
