@@ -124,7 +124,7 @@ class Runs:
   def losses(self, workdir):
     """Losses of all steps, and of all evaluations."""
     return {
-      (row["step"], name): row[name]
+      (row["stage"], row["step"], name): row[name]
       for row in self.rows(workdir)
       for name in ("loss", "grad_norm", "eval_loss")
       if name in row
@@ -138,7 +138,7 @@ class Runs:
   def check_same(self, workdir, other, tolerance):
     """Compares all losses of two runs, and what the table says."""
     found, expected = self.losses(workdir), self.losses(other)
-    steps = {step for step, name in found if name == "loss"}
+    steps = {step for _, step, name in found if name == "loss"}
     assert steps == set(range(1, NUM_STEPS + 1))
     assert found == pytest.approx(expected, rel=tolerance, abs=0)
     ours, theirs = (
