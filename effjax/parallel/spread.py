@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import errors
 from effjax.core import shard as shard_lib
+from effjax.parallel import grouping, pipeline, rules, sharding
 from effjax.parallel import mesh as mesh_lib
-from effjax.parallel import rules, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,23 @@ class Spread:
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
     """While open, models that are traced are split as the preset says."""
-    with shard_lib.use_rules(self.mesh, self.preset.activations):
+    with (
+      shard_lib.use_rules(self.mesh, self.preset.activations),
+      pipeline.use_schedule(self.schedule()),
+    ):
       yield
+
+  def schedule(self) -> pipeline.Schedule | None:
+    """Of a pipeline over more than one stage; None without.
+
+    Raises:
+      InputError: too few micro-batches to go around.
+    """
+    num_stages = self.mesh.shape[grouping.AXIS]
+    if num_stages == 1:
+      return None
+    micro_batches = self.config.micro_batches or num_stages
+    return pipeline.Schedule(num_stages, micro_batches, self.config.repeats)
 
   @property
   def batch_ways(self) -> int:
@@ -137,9 +152,11 @@ def make(mesh_config: mesh_lib.MeshConfig) -> Spread:
   """The spread of a config over the devices at hand.
 
   Raises:
-    InputError: see mesh.make.
+    InputError: see mesh.make and pipeline.Schedule.
   """
-  return Spread(mesh_lib.make(mesh_config), mesh_config)
+  spread = Spread(mesh_lib.make(mesh_config), mesh_config)
+  spread.schedule()  # Raises what it would raise later, while a step is compiled.
+  return spread
 
 
 def over(preset: str = "dp", **fields: Any) -> Spread:
