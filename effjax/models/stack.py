@@ -23,6 +23,10 @@ from effjax.parallel import pipeline
 # Collections a scanned layer may write or own; each gets a leading axis of layers.
 _STACKED = ("params", "losses", "metrics", "stats", "state")
 _instead: contextvars.ContextVar[Any] = contextvars.ContextVar("instead", default=None)
+# Axes of stages that what a layer computes gets in addition.
+_stage_axes: contextvars.ContextVar[int] = contextvars.ContextVar(
+  "stage_axes", default=0
+)
 
 
 class Body(nn.Module):
@@ -50,6 +54,16 @@ class Body(nn.Module):
       if states is not None:
         states = {**states, name: _write(states[name], state, step)}
     return (x_BLD, states, step + 1), None
+
+
+@contextlib.contextmanager
+def _vectorized() -> Iterator[None]:
+  """While open, layers are traced of which all stages will compute one at once."""
+  token = _stage_axes.set(1)
+  try:
+    yield
+  finally:
+    _stage_axes.reset(token)
 
 
 class Piped(nn.Module):
@@ -85,6 +99,7 @@ class Piped(nn.Module):
     }
     body = _Named(self.layers, self.make, self.name, parent=None)
 
+    @_vectorized()
     def stage_fn(variables, x_bLD, rows, first, key):
       def one(x_bLD, xs):
         variables, step = xs
@@ -224,10 +239,9 @@ def piped_runs(
       "preset 'pp' needs scanned layers, but the model's are unrolled; set scan=True"
     )
   longest = max(runs, key=lambda run: run.num_layers).repeats
-  if longest % schedule.num_groups == 0:
-    return tuple(
-      i for i, run in enumerate(runs) if not run.repeats % schedule.num_groups
-    )
+  num_groups = schedule.num_groups
+  if longest % num_groups == 0:
+    return tuple(i for i, run in enumerate(runs) if run.repeats % num_groups == 0)
   num_stages, repeats = schedule.num_stages, schedule.repeats
   legal = [n for n in range(2, longest + 1) if longest % (n * repeats) == 0]
   near = {max(filter(num_stages.__gt__, legal), default=None)}
@@ -288,12 +302,22 @@ def rematerialized(cls: type[nn.Module], remat: str, scanned: bool) -> type[nn.M
   """The layer class that recomputes in the backward pass; see config.REMAT."""
   if remat == "none":
     return cls
-  policies = jax.checkpoint_policies
-  policy = {
-    "full": policies.nothing_saveable,
-    "dots": policies.dots_with_no_batch_dims_saveable,
-  }[remat]
+  policies = {"full": jax.checkpoint_policies.nothing_saveable, "dots": _products()}
+  policy = policies[remat]
   return nn.remat(cls, policy=policy, prevent_cse=not scanned)
+
+
+def _products() -> Callable[..., bool]:
+  """A policy that saves products with parameters, and not those within a batch."""
+  num_axes = _stage_axes.get()
+
+  def saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+    if primitive is not jax.lax.dot_general_p:
+      return False
+    _, (batch, _) = params["dimension_numbers"]
+    return len(batch) <= num_axes
+
+  return saveable
 
 
 def scanned_as(config: Any, runs: tuple[layers_lib.Run, ...] | None) -> Any:

@@ -171,11 +171,7 @@ def run(
   leaves, treedef = jax.tree.flatten(params)
   trains = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
   groups = [grouping.by_stage(a, schedule.num_stages, schedule.repeats) for a in leaves]
-  apply_fn = jax.vmap(
-    _of_one_group(stage_fn, treedef, trains),
-    in_axes=(1, 1, 0, 0, 0, 0, 0),
-    spmd_axis_name=grouping.AXIS,
-  )
+  apply_fn = _all_stages(stage_fn, treedef, trains)
   floating = [a for a, t in zip(groups, trains, strict=True) if t]
   fixed = [a for a, t in zip(groups, trains, strict=True) if not t]
   length = groups[0].shape[2] if groups else 0
@@ -193,9 +189,7 @@ def run(
       lambda a: shard_lib.shard(a, _ACTIVATIONS[: a.ndim]), travels["rows"]
     )
     first_S = (place.repeat * schedule.num_stages + stages_S) * length
-    x_SbLD, written = apply_fn(
-      floating, fixed, x_SbLD, travels, place.repeat, first_S, place.valid
-    )
+    x_SbLD, written = apply_fn(floating, fixed, x_SbLD, travels, first_S, place)
     # The last stage's output lies where the first stage's did, for the next repeat or
     # as the result.
     x_SbLD = shard_lib.shard(_shift(x_SbLD), _ACTIVATIONS)
@@ -211,52 +205,57 @@ def run(
   return _joined(store_MSbLD[:, 0]), written
 
 
-def _of_one_group(
+def _all_stages(
   stage_fn: StageFn, treedef: Any, trains: list[bool]
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """The stage function with the parameters `[V, k, ...]` of a stage's groups.
+  """The stage function, of every stage with one of its groups of parameters.
 
-  Its derivative is taken here, of one stage and one step, for three reasons: parameters
-  are no residuals of a step, which are kept for all steps; the policies of recomputing
-  layers see products as they are without an axis of stages; and the gradients of a
-  bubble are replaced by zero, where a product with zero could be no number.
+  Its derivative is taken here, of one step, since what it needs of a step is held for
+  all steps: not the parameters, which are picked again. And where a stage is in a
+  bubble, its gradients are replaced by zero; products with zero could be no number.
   """
 
-  def call(floating, x, fixed, travels, first):
+  def call(floating, fixed, x, travels, first):
     given = (iter(fixed), iter(floating))
     params = jax.tree.unflatten(treedef, [next(given[t]) for t in trains])
     return stage_fn(params, x, travels["rows"], first, travels.get("keys"))
 
-  def pick(groups, repeat):
+  # A scan over the k steps takes parameters `[k, S, ...]` as they are.
+  axes = (1, 1, 0, 0, 0)
+  vectorized = jax.vmap(call, in_axes=axes, spmd_axis_name=grouping.AXIS)
+
+  def pick(groups, repeat_S):
     if groups and groups[0].shape[0] == 1:
-      return [a[0] for a in groups]
-    return [lax.dynamic_index_in_dim(a, repeat, keepdims=False) for a in groups]
+      return [a[0].swapaxes(0, 1) for a in groups]
+    one = lambda a, repeat: lax.dynamic_index_in_dim(a, repeat, keepdims=False)
+    return [jax.vmap(one, (1, 0), 1)(a, repeat_S) for a in groups]
 
   @jax.custom_vjp
-  def apply(floating, fixed, x, travels, repeat, first, valid):
-    fixed = pick(fixed, repeat)
-    return call(pick(floating, repeat), x, fixed, travels, first)
+  def apply(floating, fixed, x_SbLD, travels, first_S, place):
+    picked = (pick(a, place.repeat) for a in (floating, fixed))
+    return vectorized(*picked, x_SbLD, travels, first_S)
 
-  def forward(floating, fixed, x, travels, repeat, first, valid):
-    def of_group(params, x):
-      return call(params, x, pick(fixed, repeat), travels, first)
-
-    out, pullback = jax.vjp(of_group, pick(floating, repeat), x)
-    pullback.args_res[0] = None
-    return out, (pullback, floating, repeat, valid)
+  def forward(floating, fixed, x_SbLD, travels, first_S, place):
+    fn = lambda *args: vectorized(*args, travels, first_S)
+    picked = (pick(a, place.repeat) for a in (floating, fixed))
+    out, pullback = jax.vjp(fn, *picked, x_SbLD)
+    pullback.args_res[:2] = (None, None)
+    return out, (pullback, floating, fixed, place)
 
   def backward(residuals, cotangents):
-    pullback, floating, repeat, valid = residuals
-    pullback.args_res[0] = pick(floating, repeat)
-    new, x = jax.tree.map(lambda a: jnp.where(valid, a, 0), pullback(cotangents))
+    pullback, *groups, place = residuals
+    pullback.args_res[:2] = (pick(a, place.repeat) for a in groups)
+    new, _, x_SbLD = pullback(cotangents)
+    valid = lax.broadcast_in_dim(place.valid, x_SbLD.shape, (0,))
+    x_SbLD = jnp.where(valid, x_SbLD, 0)
 
     def placed(group, new):
-      if len(group) == 1:
-        return new[None]
-      zeros = jnp.zeros(group.shape, new.dtype)
-      return lax.dynamic_update_index_in_dim(zeros, new, repeat, 0)
+      of_VS = place.repeat[None] == jnp.arange(len(group))[:, None]
+      of_VS &= place.valid[None]
+      new = jnp.broadcast_to(new.swapaxes(0, 1)[None], group.shape)
+      return jnp.where(lax.broadcast_in_dim(of_VS, group.shape, (0, 1)), new, 0)
 
-    return [*map(placed, floating, new)], None, x, None, None, None, None
+    return [*map(placed, groups[0], new)], None, x_SbLD, None, None, None
 
   apply.defvjp(forward, backward)
   return apply
