@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from effjax.core import errors, specs
+from effjax.core import errors, layers, specs
 from effjax.core import tree as tree_lib
 from effjax.models import config as config_lib
-from effjax.models import decoder, encoder, encoder_config
+from effjax.models import decoder, encoder, encoder_config, stack
 from effjax.parallel import spread as spread_lib
 from effjax.train import state as state_lib
 from effjax.train import step as step_lib
@@ -198,23 +199,49 @@ def test_a_stage_holds_its_part():
       assert held(array) * 2 == array.nbytes
 
 
+class _NoisyLayer(nn.Module):
+  """Adds a number drawn for it."""
+
+  @nn.compact
+  def __call__(self, x_BLD, state, positions, segments, keys):
+    noise = jax.random.uniform(self.make_rng("dropout"))
+    self.put_variable("metrics", "noise", noise)
+    return x_BLD + noise + self.param("w", nn.initializers.zeros, ()), state, keys
+
+
+class _NoisyModel(nn.Module):
+  """Eight layers of noise, scanned."""
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    make = lambda config, name: _NoisyLayer(name=name)
+    places = jnp.zeros(x_BLD.shape[:2], jnp.int32)
+    runs = (layers.Run(1, 8),)
+    return stack.apply((None,) * 8, runs, make, x_BLD, None, places, places)[0]
+
+
 def test_noise_is_of_a_layer_and_a_micro_batch():
-  config = _config(num_layers=8, mlp="moe", moe={"jitter": 0.5, "dispatch": "dense"})
-  model, params = decoder.Decoder(config), _params(config)
-  tokens_BL = jnp.broadcast_to(jnp.arange(4)[None], (8, 4))
+  model, x_BLD = _NoisyModel(), jnp.zeros((8, 1, 1))
+  rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  params = model.init(rngs, x_BLD)["params"]
 
-  def logits(num_stages, repeats, rngs):
+  def run(num_stages, repeats):
     spread = _piped(num_stages, micro_batches=4, repeats=repeats)
-    with spread.active():
-      return model.apply({"params": params}, tokens_BL, rngs=rngs)[0]
 
-  run = jax.jit(logits, static_argnums=(0, 1))
-  noise = {"dropout": jax.random.key(0)}
-  noisy_BLV, clean_BLV = run(2, 1, noise), run(2, 1, {})
-  # Rows are equal; m and m + 4 are one micro-batch, but other tokens of it.
-  assert len(np.unique(np.asarray(noisy_BLV).round(4), axis=0)) == 8
-  assert len(np.unique(np.asarray(clean_BLV).round(4), axis=0)) == 1
-  _close(run(4, 2, noise), noisy_BLV)
+    def apply(params):
+      with spread.active():
+        return model.apply({"params": params}, x_BLD, rngs=rngs, mutable=["metrics"])
+
+    return jax.jit(apply)(params)
+
+  found = run(2, 1)
+  y_B = np.asarray(found[0][:, 0, 0])
+  noise_R = np.asarray(found[1]["metrics"]["run_0"]["layer_0"]["noise"])
+  # Rows m and m + 4 are of one micro-batch.
+  np.testing.assert_array_equal(y_B[:4], y_B[4:])
+  assert len(np.unique(y_B)) == 4 and len(np.unique(noise_R)) == 8
+  np.testing.assert_allclose(noise_R.sum(), y_B.mean(), rtol=1e-6)
+  _close(run(4, 2), found)
 
 
 def test_the_same_products_are_recomputed():
