@@ -52,7 +52,11 @@ def sent(preset, mlp="swiglu", **shape):
     precision=precision.PrecisionConfig(compute="bfloat16"),
   )
   lowered = lowering.lower(
-    decoder.Decoder(cfg), spread, config, batch_size=BATCH, length=LENGTH
+    lowering.of_model(decoder.Decoder(cfg)),
+    spread,
+    config,
+    batch_size=BATCH,
+    length=LENGTH,
   )
   text = lowered.compile(compiler_options=topology.COUNTABLE).as_text()
   found = {}

@@ -109,7 +109,11 @@ def _step(size: _Size, preset: str, shape: dict[str, int], mlp: str) -> dict[str
   )
   spread = topology.spread(TOPOLOGY, mesh_lib.MeshConfig(preset=preset, shape=shape))
   lowered = lowering.lower(
-    model, spread, config, batch_size=size.batch_size, length=size.length
+    lowering.of_model(model),
+    spread,
+    config,
+    batch_size=size.batch_size,
+    length=size.length,
   )
   compiled = lowered.compile(compiler_options=topology.COUNTABLE)
   held, sent = compiled.memory_analysis(), collectives.find(compiled.as_text())
