@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Pairs of a logical axis and a mesh axis it may be split over, preferred ones first.
 Rules = tuple[tuple[str, str], ...]
 
+# The device that code is traced for, also where no rules are active.
+_device: contextvars.ContextVar[Any] = contextvars.ContextVar("device", default=None)
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
   "active_rules", default=None
 )
@@ -26,15 +28,29 @@ def use_rules(mesh: Mesh | None, rules: Rules = ()) -> Iterator[None]:
     rules: table of the activations.
   """
   token = _active.set(None if mesh is None else (mesh, rules))
+  device = _device.get() if mesh is None else mesh.devices.flat[0]
+  device_token = _device.set(device)
   try:
     yield
   finally:
     _active.reset(token)
+    _device.reset(device_token)
 
 
 def current() -> tuple[Mesh, Rules] | None:
   """The mesh and the rules that are active, for what splits itself over devices."""
   return _active.get()
+
+
+def device() -> Any:
+  """A device that what is traced will run on: of the mesh, or the default one."""
+  return _device.get() or jax.devices()[0]
+
+
+def platform() -> str:
+  """The platform of `device()`, as `jax.default_backend()` names it."""
+  name = device().platform
+  return "gpu" if name in ("cuda", "rocm") else name
 
 
 def shard(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,10 @@ class Spread:
       self.config.replicate,
     )
 
+  def check_used(self, specs: Mapping[str, Any]) -> None:
+    """Raises InputError where devices would all do the same; see sharding."""
+    sharding.check_used(self.mesh, self.config.preset, specs)
+
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
     """While open, models that are traced are split as the preset says."""
@@ -85,10 +90,15 @@ class Spread:
     return pipeline.Schedule(num_stages, micro_batches, self.config.repeats)
 
   @property
+  def batch_axes(self) -> tuple[str, ...]:
+    """Mesh axes of more than one device that the rows of a batch are split over."""
+    axes = [name for axis, name in self.preset.activations if axis == "batch"]
+    return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
+
+  @property
   def batch_ways(self) -> int:
     """Parts that the rows of a batch are split into."""
-    axes = {name for axis, name in self.preset.activations if axis == "batch"}
-    return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=np.int64))
+    return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
   def share(self) -> tuple[int, int]:
     """`(index, count)`: the share of each global batch that this process reads.
@@ -139,6 +149,11 @@ class Spread:
 
     shape = (num_rows, *rows.shape[1:])
     return jax.make_array_from_callback(shape, spec, block)
+
+  def abstract(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What `put` makes of a batch of a global shape `[B, L, ...]`."""
+    sharding = self._rows(shape[0], len(shape), shape[1:])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   def _rows(self, num_rows: int, ndim: int, rest: Sequence[int] = ()) -> NamedSharding:
     axes = ("batch", "length")[:ndim] + (None,) * (ndim - 2)

@@ -73,9 +73,10 @@ def _attention(plan: plan_lib.Plan) -> list[dict[str, Any]]:
       continue
     options = layer.build_mixer_options()
     mixer = technique(options, model.config.embed_dim, causal=causal)
-    problem = mixer.attention_problem(
-      data.batch_size, data.sequence_length, model.precision.dtype
-    )
+    with plan.spread.active():
+      problem = mixer.attention_problem(
+        data.batch_size, data.sequence_length, model.precision.dtype
+      )
     choice = attention_ops.explain(mixer.options.implementation, problem)
     found.setdefault((layer.mixer, *choice), []).append(index)
   return [

@@ -1,7 +1,7 @@
 """The train state, and where each of its arrays lives."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -54,35 +54,68 @@ def split(
   return trainable, frozen
 
 
-def place(
+class Laid(NamedTuple):
+  """A first state before there is one: its shapes, and where everything belongs.
+
+  Attributes:
+    first: `first(trainable, key_data)` computes it.
+    shapes: the state, of ShapeDtypeStructs.
+    shardings: NamedShardings of the state.
+    trainable, frozen: the two parts of the parameters.
+    frozen_shardings: NamedShardings of the frozen ones.
+  """
+
+  first: Callable[[Any, jax.Array], TrainState]
+  shapes: TrainState
+  shardings: TrainState
+  trainable: dict[str, Any]
+  frozen: dict[str, Any]
+  frozen_shardings: dict[str, Any]
+
+  def abstract(self) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the frozen parameters as ShapeDtypeStructs with shardings."""
+    placed = lambda tree, shardings: jax.tree.map(
+      lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), tree, shardings
+    )
+    return (
+      placed(self.shapes, self.shardings),
+      placed(self.frozen, self.frozen_shardings),
+    )
+
+
+def lay_out(
   model: nn.Module,
   params: Mapping[str, Any],
   specs: Mapping[str, Any],
   paths: frozenset[str],
   tx: optax.GradientTransformation,
-  key: jax.Array,
   spread: spread_lib.Spread,
-) -> tuple[TrainState, dict[str, Any], TrainState]:
-  """The first state and the frozen parameters, each array where it belongs.
+) -> Laid:
+  """Works out the first state, on shapes alone.
 
-  Shardings are worked out on shapes first: `jit(tx.init)` alone would replicate the
-  optimizer state. The state's arrays are copies, since a step that donates them would
-  otherwise delete the caller's parameters.
+  `jit(tx.init)` alone would replicate the optimizer state: every sharding is computed
+  before anything is placed.
 
-  Returns:
-    `(state, frozen, shardings)`; `shardings` mirrors the state.
+  Args:
+    model: the model.
+    params: its parameters, or their ShapeDtypeStructs.
+    specs: tree of ParamSpecs.
+    paths: which of them train.
+    tx: the update rule.
+    spread: the devices, and what lies where.
 
   Raises:
     InputError: the selection cannot be trained, or a large array would be replicated
-      by a preset that shards parameters.
+      although the preset splits it.
   """
+  spread.check_used(specs)
   placed = spread.params(specs, params)
   trainable, frozen = split(params, paths)
   trainable_shardings, frozen_shardings = partition.partition(placed, paths)
 
-  key_data = jax.random.key_data(key)
   wrap = jax.random.wrap_key_data
   init = lambda data: model.init(wrap(data), *model.example_inputs())
+  key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
   has_state = "state" in jax.eval_shape(init, key_data)
 
   def first(trainable, key_data):
@@ -109,11 +142,38 @@ def place(
   spread.check(tables.params, specs, trainable, trainable_shardings)
   spread.check(tables.params, specs, frozen, frozen_shardings)
   spread.check(tables.state, specs, shapes.opt_state, shardings.opt_state)
+  return Laid(first, shapes, shardings, trainable, frozen, frozen_shardings)
+
+
+def place(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  specs: Mapping[str, Any],
+  paths: frozenset[str],
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  spread: spread_lib.Spread,
+) -> tuple[TrainState, dict[str, Any], TrainState]:
+  """The first state and the frozen parameters, each array where it belongs.
+
+  The state's arrays are copies, since a step that donates them would otherwise delete
+  the caller's parameters.
+
+  Returns:
+    `(state, frozen, shardings)`; `shardings` mirrors the state.
+
+  Raises:
+    InputError: see `lay_out`.
+  """
+  laid = lay_out(model, params, specs, paths, tx, spread)
   inputs = jax.device_put(
-    (trainable, key_data), (trainable_shardings, whole), may_alias=True
+    (laid.trainable, jax.random.key_data(key)),
+    (laid.shardings.params, spread.whole),
+    may_alias=True,
   )
-  state = jax.jit(first, out_shardings=shardings)(*inputs)
-  return state, jax.device_put(frozen, frozen_shardings), shardings
+  state = jax.jit(laid.first, out_shardings=laid.shardings)(*inputs)
+  frozen = jax.device_put(laid.frozen, laid.frozen_shardings)
+  return state, frozen, laid.shardings
 
 
 def describe(tree: Any) -> dict[str, Any]:

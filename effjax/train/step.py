@@ -75,6 +75,14 @@ class Step:
       placed[name] = self.spread.put(rows)
     return placed
 
+  def shapes(self, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `put` makes of a batch of text, `[batch_size, length]` in all processes."""
+    kinds = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
+    return {
+      name: self.spread.abstract((batch_size, length), dtype)
+      for name, dtype in (kinds | {"weights": jnp.float32}).items()
+    }
+
   def num_compilations(self) -> int:
     """How often the step was compiled so far; more than once is a mistake."""
     return self.fn._cache_size()

@@ -163,6 +163,13 @@ def test_show_says_how_attention_runs(command, here, capsys):
   assert "the sequence is short (64 x 64" in found["mla"]["because"]
 
 
+def test_show_says_how_attention_over_split_sequences_runs(command, here, capsys):
+  flags = ["--config.model.pattern=('attention',)", "--config.mesh.preset=ring"]
+  (entry,) = _json(capsys, "show", "--config", command.config, *flags)["attention"]
+  assert entry["implementation"] == "ring"
+  assert "split over 8 devices" in entry["because"]
+
+
 def test_show_says_how_experts_run_and_counts_shared_layers(command, here, capsys):
   flags = ["--config.model.num_layers=4", "--config.model.pattern=('attention',)"]
   flags += ["--config.model.mlp=moe", "--config.model.share=2"]

@@ -24,6 +24,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from effjax.core import config, errors
+from effjax.core.shard import split_over
 from effjax.nn.caches import kv
 from effjax.nn.mixers import attention
 from effjax.ops.attention import alibi, blockwise, masks, patterns
@@ -118,7 +119,8 @@ class Longformer(attention.Attention):
 
     Where every row is one document, the second set's queries (and keys, if causal) are
     only projected for the first N tokens; a condition at run time takes all tokens, and
-    drops what is not global, where documents are packed.
+    drops what is not global, where documents are packed. So it is, without a condition,
+    where rules split the length between devices: that costs a second attention.
 
     Raises:
       InputError: `shared` is given, or a state to a bidirectional module.
@@ -174,7 +176,8 @@ class Longformer(attention.Attention):
       return jax.jit(pad)(y_BNHK)
 
     creates = self.is_initializing() or self.is_mutable_collection("stats")
-    if length <= count or creates:
+    # Of a length that is split, the first tokens are no part that a device has.
+    if length <= count or creates or split_over("length"):
       return everywhere(self, x_BLD)
     one_document = (places_BL == jnp.arange(length)[None]) | (segments == 0)
     return nn.cond(jnp.all(one_document), in_front, everywhere, self, x_BLD)

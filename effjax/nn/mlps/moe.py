@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from effjax.core.shard import shard
 from effjax.nn.mlps import _moe_options, swiglu
-from effjax.ops.moe import dispatch, routing
+from effjax.ops.moe import dispatch, exchange, routing
 from effjax.weights import verbs
 from effjax.weights import weight as weight_lib
 
@@ -61,15 +60,18 @@ class MoE(nn.Module):
     choice, what a token gets depends on the tokens it is given with.
     """
     opts = self.options
-    x_TD = x_BLD.reshape(-1, self.embed_dim)
-    valid_T = jnp.ones(len(x_TD), bool) if valid_BL is None else valid_BL.reshape(-1)
-    expert_fn = functools.partial(_swiglu, self._experts())
-    logits_TE = self._logits(x_TD)
-    choice = (
-      self._expert_choice if opts.router == "expert_choice" else self._token_choice
-    )
-    y_TD = choice(x_TD, logits_TE, valid_T, expert_fn)
-    y_BLD = y_TD.reshape(x_BLD.shape)
+    if valid_BL is None:
+      valid_BL = jnp.ones(x_BLD.shape[:2], bool)
+    width = opts.width(self.embed_dim)
+    devices = exchange.layout(*x_BLD.shape[:2], opts.num_experts, width)
+    x_TD, valid_T = exchange.flat(devices, x_BLD), exchange.flat(devices, valid_BL)
+    experts, logits_TE = self._experts(), self._logits(x_TD)
+    args = (x_TD, logits_TE, valid_T, experts)
+    if opts.router == "expert_choice":
+      y_TD = self._expert_choice(*args)
+    else:
+      y_TD = self._token_choice(*args, devices)
+    y_BLD = exchange.unflat(devices, y_TD, len(x_BLD))
     if opts.num_shared:
       shared = swiglu.SwiGLUOptions(hidden_dim=opts.shared_width(self.embed_dim))
       y_BLD += swiglu.SwiGLU(
@@ -124,10 +126,12 @@ class MoE(nn.Module):
     x_TD: jax.Array,
     logits_TE: jax.Array,
     valid_T: jax.Array,
-    expert_fn: ExpertFn,
+    experts: Mapping[str, weight_lib.Weight],
+    devices: exchange.Layout | None,
   ) -> jax.Array:
     """Every token goes to the experts it chose."""
     opts = self.options
+    expert_fn = functools.partial(_swiglu, experts)
     routed = self._route(logits_TE, valid_T)
     counts_E = routing.counts(routed.experts_TK, opts.num_experts, valid_T)
     dropped = jnp.float32(0)
@@ -140,6 +144,14 @@ class MoE(nn.Module):
       chosen_ET = (chosen_ET & valid_T[None]).astype(jnp.float32)
       with weight_lib.token_weights(chosen_ET):
         y_TD = dispatch.all_experts(x_TD, routed, opts.num_experts, expert_fn)
+    elif devices is not None and opts.dispatch == "dropless":
+      plain = {n: verbs.dense(w).astype(x_TD.dtype) for n, w in experts.items()}
+      y_TD = exchange.dropless(devices, x_TD, routed, valid_T, plain, _swiglu)
+    elif devices is not None:
+      y_TD, kept = exchange.with_capacity(
+        devices, x_TD, routed, valid_T, opts.num_experts, self._capacity, expert_fn
+      )
+      dropped = 1 - kept / jnp.maximum(jnp.sum(counts_E), 1)
     elif opts.dispatch == "dropless":
       places = dispatch.sorted_places(routed.experts_TK, opts.num_experts, valid_T)
       y_TD = _through_rows(x_TD, routed, places, expert_fn)
@@ -160,9 +172,10 @@ class MoE(nn.Module):
     x_TD: jax.Array,
     logits_TE: jax.Array,
     valid_T: jax.Array,
-    expert_fn: ExpertFn,
+    experts: Mapping[str, weight_lib.Weight],
   ) -> jax.Array:
-    """Every expert takes its best tokens."""
+    """Every expert takes its best tokens, of all devices."""
+    expert_fn = functools.partial(_swiglu, experts)
     chosen = routing.expert_choice(logits_TE, self._capacity(len(x_TD)), valid_T)
     held_EC = (chosen.weights_EC > 0).astype(jnp.float32)
     with weight_lib.token_weights(held_EC):
@@ -243,7 +256,7 @@ class MoE(nn.Module):
 
 
 def _swiglu(
-  experts: Mapping[str, weight_lib.Weight],
+  experts: Mapping[str, weight_lib.Weight | jax.Array],
   x: jax.Array,
   sizes_E: jax.Array | None = None,
 ) -> jax.Array:
@@ -267,8 +280,7 @@ def _through_rows(
     if shape is None:
       y_ND = expert_fn(rows_ND, places.group_sizes_E)
     else:
-      rows_ECD = shard(rows_ND.reshape(*shape, -1), ("experts", None, None))
-      y_ND = expert_fn(rows_ECD).reshape(rows_ND.shape)
+      y_ND = expert_fn(rows_ND.reshape(*shape, -1)).reshape(rows_ND.shape)
   return dispatch.from_rows(y_ND, routed.weights_TK, places)
 
 

@@ -1,15 +1,20 @@
 """The entry to attention: one function, the implementation picked by facts.
 
-`attention` is for whole sequences, see `choice` for its implementations;
+`attention` is for whole sequences, see `choice` for its implementations, and `context`
+for what runs where the active rules split their length between devices;
 `cached_attention` and `decode_attention` are for queries over a cache.
 """
 
+import functools
+from typing import Any
+
 import jax
 
-from effjax.core import counting, errors, shard
+from effjax.core import counting, shard
 from effjax.ops.attention import (
   blockwise,
   choice,
+  context,
   cudnn,
   decode,
   patterns,
@@ -75,7 +80,8 @@ def attention(
 
   Raises:
     InputError: an unknown implementation, or one that cannot do what is asked (it says
-      what); H not a multiple of G; segments or positions of one side only with L != S.
+      what); H not a multiple of G; segments or positions of one side only with L != S;
+      a length or heads that the devices do not divide which the rules split them over.
   """
   xla.check_heads(q_BLHK, k_BSGK)
   problem = choice.Problem(
@@ -90,22 +96,38 @@ def attention(
     slopes=slopes_H is not None,
     logit_cap=logit_cap is not None,
   )
-  name = explain(implementation, problem).name
+  options = {
+    "implementation": implementation,
+    "q_positions_BL": q_positions_BL,
+    "kv_positions_BS": kv_positions_BS,
+    "q_segments_BL": q_segments_BL,
+    "kv_segments_BS": kv_segments_BS,
+    "slopes_H": slopes_H,
+    "logit_cap": logit_cap,
+    "scale": scale,
+  }
+  run = _on_one_device
+  if problem.length_ways > 1:
+    run = functools.partial(context.attention, run=run)
+  return run(q_BLHK, k_BSGK, v_BSGW, problem, **options)
+
+
+def _on_one_device(
+  q_BLHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGW: jax.Array,
+  problem: choice.Problem,
+  *,
+  implementation: str,
+  **options: Any,
+) -> jax.Array:
+  """Attention over whole sequences."""
+  name = choice.explain(implementation, problem).name
   # A trace shows no products of a kernel.
   if counting.active() and name in _KERNELS:
     name = "blockwise"
   return IMPLEMENTATIONS[name](
-    q_BLHK,
-    k_BSGK,
-    v_BSGW,
-    pattern=pattern,
-    q_positions_BL=q_positions_BL,
-    kv_positions_BS=kv_positions_BS,
-    q_segments_BL=q_segments_BL,
-    kv_segments_BS=kv_segments_BS,
-    slopes_H=slopes_H,
-    logit_cap=logit_cap,
-    scale=scale,
+    q_BLHK, k_BSGK, v_BSGW, pattern=problem.pattern, **options
   )
 
 
@@ -113,20 +135,24 @@ def explain(implementation: str, problem: choice.Problem) -> choice.Choice:
   """What `attention` would run: the choice, or the given name if it can.
 
   Raises:
-    InputError: the named implementation is unknown or cannot.
+    InputError: the named implementation is unknown or cannot, or the length cannot be
+      split as the problem says.
   """
-  if implementation == "auto":
-    return choice.choose(problem)
-  why = choice.refusal(implementation, problem)
-  if why is not None:
-    raise errors.InputError(f"attention implementation={implementation!r}: {why}")
-  return choice.Choice(implementation, "it is asked for")
+  if problem.length_ways > 1:
+    return context.explain(implementation, problem)
+  return choice.explain(implementation, problem)
 
 
-def device_facts() -> dict[str, object]:
-  """Platform and compute capability of the active mesh or the default device."""
-  active = shard.current()
-  device = jax.devices()[0] if active is None else active[0].devices.flat[0]
+def device_facts() -> dict[str, Any]:
+  """Platform and compute capability of the active mesh or the default device.
+
+  And what of attention the active rules split.
+  """
+  return _platform() | context.facts()
+
+
+def _platform() -> dict[str, Any]:
+  device = shard.device()
   if device.platform == "tpu":
     return {"platform": "tpu"}
   if device.platform not in ("gpu", "cuda"):

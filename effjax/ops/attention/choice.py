@@ -8,8 +8,8 @@
 | "cudnn"     | cuDNN's flash attention                                      | CUDA  |
 | "reference" | the naive definition, float32, slow: for tests and debugging | all   |
 
-Nothing here computes or looks at a device: `choose` and `refusal` are functions of a
-`Problem`.
+Nothing here computes or looks at a device: all are functions of a `Problem`. Of one
+whose length is split between devices, `context` says what runs on each.
 """
 
 import dataclasses
@@ -51,6 +51,9 @@ class Problem:
     slopes: whether there are linear biases.
     logit_cap: whether scores are capped.
     capability: compute capability of a CUDA device, such as (9, 0).
+    length_ways: devices that the length is split over; the shapes are whole.
+    head_ways: devices that the heads are split over, if they divide them.
+    whole_heads: whether heads are split in place of the length; see `context`.
   """
 
   platform: str
@@ -64,6 +67,9 @@ class Problem:
   slopes: bool = False
   logit_cap: bool = False
   capability: tuple[int, int] = (8, 0)
+  length_ways: int = 1
+  head_ways: int = 1
+  whole_heads: bool = False
 
   def __post_init__(self):
     if self.platform not in PLATFORMS:
@@ -92,6 +98,20 @@ def choose(problem: Problem) -> Choice:
       return Choice(kernel, _KERNEL_REASONS[kernel](problem))
     refused = f"{kernel} cannot: {why}; "
   return _choose_xla(problem, refused)
+
+
+def explain(implementation: str, problem: Problem) -> Choice:
+  """The choice, or the given name if it can.
+
+  Raises:
+    InputError: the named implementation is unknown or cannot.
+  """
+  if implementation == "auto":
+    return choose(problem)
+  why = refusal(implementation, problem)
+  if why is not None:
+    raise errors.InputError(f"attention implementation={implementation!r}: {why}")
+  return Choice(implementation, "it is asked for")
 
 
 def refusal(name: str, problem: Problem) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from effjax.core import counting
+from effjax.core import counting, shard
 from effjax.core.config import require
 from effjax.ops.attention import masks, patterns, xla
 
@@ -69,7 +69,7 @@ def attention(
   )
   require(pattern.causal, f"{pattern} looks ahead: it cannot decode step by step")
   scale = head_dim**-0.5 if scale is None else scale
-  block = min(block or block_size(jax.default_backend()), num_slots)
+  block = min(block or block_size(shard.platform()), num_slots)
   q_BLGRK = (q_BLHK * scale).reshape(num_rows, q_len, num_groups, -1, head_dim)
   q_BGRLK = q_BLGRK.astype(q_BLHK.dtype).transpose(0, 2, 3, 1, 4)
   q_BGMK = q_BGRLK.reshape(num_rows, num_groups, -1, head_dim)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from effjax.core import config, counting
+from effjax.core import config, counting, shard
 from effjax.ops.moe import grouped_triton
 
 # Most rows of a window, measured on two CPU cores: products of fewer rows are slow (one
@@ -72,7 +72,10 @@ def grouped_matmul(
     InputError: a block under 1.
   """
   if block is None:
-    name = choose(jax.default_backend(), x_TD.dtype).name
+    name = choose(shard.platform(), x_TD.dtype).name
+    if name == "ragged_dot" and len(w_EDF) == 1:
+      own_T1 = jnp.arange(len(x_TD))[:, None] < group_sizes_E[0]
+      return jnp.where(own_T1, x_TD @ w_EDF[0], 0)
     if name == "ragged_dot":
       return lax.ragged_dot(x_TD, w_EDF, group_sizes_E)
     if counting.active():

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effjax.core import shard
 from effjax.core import specs as specs_lib
 from effjax.optim import base, checks, newton_schulz
 
@@ -137,7 +138,7 @@ def _orthogonal_update(
   """NS(x) times the scale, matrix by matrix or head by head."""
   dtype = options.ns_dtype
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if shard.platform() == "cpu" else "bfloat16"
   axis = _head_axis(spec, x) if options.per_head else None
   blocks = x if axis is None else _split_heads(x, axis, spec.head_dim)
   size_in, size_out = blocks.shape[-2:]

@@ -1,0 +1,128 @@
+"""Every preset, and the pairs that make sense, trains like one device."""
+
+import jax
+import numpy as np
+import pytest
+
+from effjax.parallel import spread as spread_lib
+from tests.parallel import models
+
+# Preset, and the shape of the mesh where it is not the main axis alone.
+SHAPES = {
+  "dp": {},
+  "zero1": {},
+  "zero2": {},
+  "fsdp": {},
+  "hsdp": {"data": 2},
+  "tp": {"tensor": 4},
+  "ep": {},
+  "ring": {},
+  "ulysses": {"context": 4},
+  "ring+tp": {"tensor": 2},
+  "fsdp+ring": {"fsdp": 2, "context": 4},
+  "fsdp+ulysses": {"context": 4},
+  "ring+ep": {"expert": 2, "context": 4},
+  "fsdp+tp": {"tensor": 2},
+  "hsdp+tp": {"data": 2, "tensor": 2},
+  "zero1+tp": {"tensor": 2},
+  "zero2+fsdp": {"fsdp": 2},
+  "ep+fsdp": {"fsdp": 2},
+  "ep+tp": {"expert": 4},
+  "dp+ep": {"expert": 2},
+}
+
+
+def over(preset):
+  return spread_lib.over(preset, shape=SHAPES[preset])
+
+
+def held(spread, tree):
+  """Bytes of a tree on the device that holds most."""
+  shards = [s for array in jax.tree.leaves(tree) for s in array.addressable_shards]
+  by_device = dict.fromkeys(spread.mesh.devices.flat, 0)
+  for shard in shards:
+    by_device[shard.device] += shard.data.nbytes
+  return max(by_device.values())
+
+
+def whole(tree):
+  return sum(array.nbytes for array in jax.tree.leaves(tree))
+
+
+# Of parameters and of optimizer state: devices that they are split over.
+SPLIT = {
+  "dp": (1, 1),
+  "zero1": (1, 8),
+  "zero2": (1, 8),
+  "fsdp": (8, 8),
+  "hsdp": (4, 4),
+  "zero2+fsdp": (2, 8),
+}
+
+
+@pytest.mark.parametrize("preset", SPLIT)
+def test_dense_models_and_what_a_device_holds_of_them(preset):
+  spread = over(preset)
+  state = models.check(spread, "dense")
+  params, moments = SPLIT[preset]
+  assert held(spread, state.params) == whole(state.params) / params
+  # The chain: gradients, then both moments of Adam and its count, a scalar.
+  _, adam = state.opt_state
+  for tree in (adam[0].mu, adam[0].nu):
+    assert held(spread, tree) == whole(tree) / moments
+
+
+@pytest.mark.parametrize("preset", ["tp", "fsdp+tp", "hsdp+tp", "zero1+tp"])
+def test_dense_models_split_in_layers(preset):
+  spread = over(preset)
+  state = models.check(spread, "dense")
+  # Norms and the embedding's vocabulary aside, every matrix is split.
+  matrix = state.params["run_0"]["layer_0"]["mlp"]["up"]
+  ways = spread.mesh.shape["tensor"] * spread.mesh.shape["fsdp"]
+  assert held(spread, matrix) == whole(matrix) / ways
+
+
+@pytest.mark.parametrize(
+  "preset", ["ring", "ulysses", "ring+tp", "fsdp+ring", "fsdp+ulysses"]
+)
+def test_dense_models_of_split_sequences(preset):
+  models.check(over(preset), "dense")
+
+
+@pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp"])
+def test_mamba2(preset):
+  models.check(over(preset), "mamba2")
+
+
+@pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp"])
+def test_hybrids(preset):
+  models.check(over(preset), "hybrid")
+
+
+@pytest.mark.parametrize(
+  "preset", ["ep", "ep+fsdp", "ep+tp", "dp+ep", "fsdp", "ring+ep"]
+)
+@pytest.mark.parametrize("name", ["moe", "dropless"])
+def test_experts(name, preset):
+  models.check(over(preset), name)
+
+
+@pytest.mark.parametrize("preset", ["fsdp", "tp", "zero2"])
+@pytest.mark.parametrize("kind", models.LEAVES)
+def test_compressed_leaves(kind, preset):
+  models.check(over(preset), "dense", kind)
+
+
+@pytest.mark.parametrize("kind", ["int8", "qlora"])
+def test_compressed_experts(kind):
+  models.check(over("ep+fsdp"), "moe", kind)
+
+
+def test_micro_batches_of_split_gradients():
+  models.check(over("zero2"), "dense", micro_batches=2)
+
+
+def test_what_a_batch_cannot_be_divided_into():
+  step, _ = models.start(over("dp"), *models.model("dense"))
+  with pytest.raises(ValueError, match="make it a multiple of 8"):
+    step.put({"inputs": np.zeros((6, 32), np.int32)})
