@@ -69,7 +69,8 @@ def _vectorized() -> Iterator[None]:
 class Piped(nn.Module):
   """A run whose steps go through a pipeline; its parameters are those of the scan.
 
-  Losses and metrics of layers are means over the micro-batches, and the noise of a
+  Losses and metrics of layers are means over the micro-batches (as where gradients are
+  accumulated over as many, if these have equal weights of targets), and the noise of a
   layer is another one for each of them. Other collections can only be read.
 
   Attributes:

@@ -31,6 +31,7 @@ of the whole run (`R = V S k`).
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -156,14 +157,10 @@ def run(
     Activations, and `written` as `[R, ...]`, the means over the micro-batches.
 
   Raises:
-    InputError: the rows do not divide into the micro-batches.
+    InputError: the rows do not divide into micro-batches, or those among devices.
   """
   size = schedule.micro_batches
-  if x_BLD.shape[0] % size:
-    raise errors.InputError(
-      f"a batch of {x_BLD.shape[0]} sequences does not divide into mesh.micro_batches="
-      f"{size} of the pipeline; make it a multiple of {size}"
-    )
+  _check_rows(x_BLD.shape[0], size)
   x_MbLD = _cut(x_BLD, size)
   travelling = {"rows": jax.tree.map(lambda a: _cut(a, size), rows)}
   if key is not None:
@@ -174,7 +171,7 @@ def run(
   apply_fn = _all_stages(stage_fn, treedef, trains)
   floating = [a for a, t in zip(groups, trains, strict=True) if t]
   fixed = [a for a, t in zip(groups, trains, strict=True) if not t]
-  length = groups[0].shape[2] if groups else 0
+  length = groups[0].shape[2]
   stages_S = jnp.arange(schedule.num_stages)
 
   def step(carry: Any, step: jax.Array) -> tuple[Any, Any]:
@@ -200,9 +197,24 @@ def run(
   store_MSbLD = jnp.broadcast_to(x_MbLD[:, None], shape)
   store_MSbLD = shard_lib.shard(store_MSbLD, (None, *_ACTIVATIONS))
   steps_T = jnp.arange(schedule.num_steps)
+  # Until the first micro-batches arrive, stages compute on the first one's input.
   (_, store_MSbLD), written = lax.scan(step, (store_MSbLD[0], store_MSbLD), steps_T)
   written = jax.tree.map(lambda a: _means(schedule, a), written)
   return _joined(store_MSbLD[:, 0]), written
+
+
+def _check_rows(num_rows: int, micro_batches: int) -> None:
+  axes, ways = shard_lib.split_over("batch"), 1
+  if axes:
+    mesh, _ = shard_lib.current()
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+  if num_rows % (micro_batches * ways):
+    among = f" for {ways} devices along {', '.join(axes)}" if axes else ""
+    raise errors.InputError(
+      f"a batch of {num_rows} sequences does not divide into mesh.micro_batches="
+      f"{micro_batches} of the pipeline{among}; make it a multiple of "
+      f"{micro_batches * ways}"
+    )
 
 
 def _all_stages(

@@ -129,6 +129,7 @@ def _on_one_device(name, micro_batches):
     ("attention", 2, 4, 2, {"fsdp": 2}),
     ("attention", 2, 2, 1, {"tensor": 4}),
     ("attention", 4, 4, 1, {"data": 2}),
+    ("attention", 2, 4, 1, {"context": 2}),
     ("untied", 2, 2, 1, {}),
     ("mamba2", 2, 4, 1, {}),
     ("hybrid", 2, 4, 2, {}),
@@ -142,7 +143,13 @@ def _on_one_device(name, micro_batches):
 def test_a_model_trains_as_on_one_device(
   name, num_stages, micro_batches, repeats, others
 ):
-  parts = {"fsdp": "fsdp", "tensor": "tp", "data": "dp", "expert": "ep"}
+  parts = {
+    "context": "ring",
+    "data": "dp",
+    "expert": "ep",
+    "fsdp": "fsdp",
+    "tensor": "tp",
+  }
   spread = spread_lib.over(
     "+".join(["pp", *(parts[axis] for axis in others)]),
     shape={"stage": num_stages, **others},

@@ -239,6 +239,11 @@ def test_what_cannot_go_around():
   ):
     schedule = pipeline.Schedule(2, 4)
     pipeline.run(schedule, _product, jnp.zeros((2, 4, 4)), jnp.zeros((6, 1, 4)))
+  message = "of the pipeline for 4 devices along data; make it a multiple of 8$"
+  spread = spread_lib.over("pp+dp", shape={"stage": 2, "data": 4})
+  with spread.active(), pytest.raises(errors.InputError, match=message):
+    schedule = pipeline.current()
+    pipeline.run(schedule, _product, jnp.zeros((2, 4, 4)), jnp.zeros((4, 1, 4)))
   message = (
     r"^mesh.repeats=2 over 4 stages needs as many micro-batches, not "
     r"mesh.micro_batches=2; make them 4 or more, or repeats 1$"
