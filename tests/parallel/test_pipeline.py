@@ -1,8 +1,6 @@
 """Pipelines: the schedule, and the loop in results, gradients, memory and messages."""
 
-import collections
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from effjax.core import errors
 from effjax.core import shard as shard_lib
-from effjax.parallel import grouping, pipeline
+from effjax.parallel import collectives, grouping, pipeline
 from effjax.parallel import spread as spread_lib
 
 MOST_STAGES, MOST_STEPS = 6, 4 * 12 + 5
@@ -185,16 +183,19 @@ def test_devices_send_activations_to_their_neighbours_and_nothing_else(repeats):
 
   grad_fn = jax.jit(jax.grad(loss, argnums=(0, 1)))
   text = grad_fn.lower(params, jnp.zeros((4, 3, 16))).compile().as_text()
-  kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-  found = re.findall(rf"= f32\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
-  sent = collections.Counter(found)
-  # Each step to the next stage, and back; the result, and the gradient of the input, of
-  # one stage to all; and of groups that do not lie where they are used, each V.
-  groups = {("1,16,16", "collective-permute"): 2 * repeats} if repeats > 1 else {}
-  assert sent.pop(("1,1,3,16", "collective-permute")) == 2
-  assert {kind for _, kind in sent} - {"collective-permute"} == {"all-reduce"}
-  assert {k: n for k, n in sent.items() if k[1] != "all-reduce"} == groups
-  assert sum(n for (_, kind), n in sent.items() if kind == "all-reduce") == 2
+  sent = [(one.kind, one.num_bytes, one.times) for one in collectives.find(text)]
+  micro_batch, group = 3 * 16 * 4, 16 * 16 * 4
+  wanted = [
+    # Each step to the next stage, and back.
+    *[("collective-permute", micro_batch, 4 * repeats + 3)] * 2,
+    # The result to the stages that its rows are of, and its gradient back.
+    *[("all-to-all", 4 * micro_batch, 1)] * 2,
+    # The gradient of the input, which every stage has all of here.
+    ("all-reduce", 4 * micro_batch, 1),
+    # Groups that do not lie where they are used, and their gradients.
+    *[("collective-permute", group, 1)] * (2 * repeats if repeats > 1 else 0),
+  ]
+  assert sorted(sent) == sorted(wanted)
 
 
 def test_stages_may_be_spread_over_devices_themselves():
@@ -250,6 +251,18 @@ def test_what_cannot_go_around():
   )
   with pytest.raises(errors.InputError, match=message):
     spread_lib.over("pp", shape={"stage": 4}, micro_batches=2, repeats=2)
+
+
+def test_rows_are_of_all_stages_outside():
+  def rows(x_BLD):
+    with spread.active():
+      return shard_lib.shard(x_BLD, ("batch", None, None))
+
+  spread = spread_lib.over("pp+fsdp", shape={"stage": 2, "fsdp": 2})
+  placed = jax.jit(rows)(jnp.zeros((8, 2, 2)))
+  assert placed.sharding.spec == P(("fsdp", "stage"))
+  # All processes read whole batches, which only "fsdp" divides.
+  assert spread.batch_axes == ("fsdp",)
 
 
 def test_a_spread_opens_its_schedule():
