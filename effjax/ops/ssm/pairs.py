@@ -15,7 +15,9 @@ def exp(z: jax.Array) -> Pair:
   return size * jnp.cos(z[1]), size * jnp.sin(z[1])
 
 
-def multiply(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Pair:
+def multiply(
+  a: Sequence[jax.Array] | jax.Array, b: Sequence[jax.Array] | jax.Array
+) -> Pair:
   """The product; arguments may also be arrays with their parts stacked on axis 0."""
   return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 

@@ -327,7 +327,7 @@ def _joined(
   document_BZC: jax.Array | None,
   over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array]:
-  """Adds what the slices before hand on to states before chunks and after the last token.
+  """Adds what the slices before hand on to the states of a slice.
 
   What arrives is Ab^t times as much t tokens later, up to where a document starts.
   """
