@@ -1,6 +1,7 @@
 """Models of every recurrent mixer on devices that share each sequence."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -83,19 +84,20 @@ def _apply(built, params):
 
 
 def _results(built, params):
-  """Logits at real tokens, and gradients of their loss."""
+  """Logits at real tokens and gradients of their loss; the program."""
 
   def loss(params):
     logits_BLV = _apply(built, params)
     return jnp.mean(jax.nn.logsumexp(2 * logits_BLV, axis=-1)), logits_BLV
 
-  gradient, logits_BLV = jax.jit(jax.grad(loss, has_aux=True))(params)
-  return logits_BLV, gradient
+  compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
+  gradient, logits_BLV = compiled(params)
+  return (logits_BLV, gradient), compiled.as_text()
 
 
 @functools.cache
 def _whole(mixer):
-  return _results(_built(mixer), _built(mixer)[1])
+  return _results(_built(mixer), _built(mixer)[1])[0]
 
 
 def _distance(got, wanted, floor=1.0):
@@ -126,18 +128,21 @@ def test_devices_that_share_a_sequence_equal_one(mixer, split):
   over = _spread(split)
   placed = jax.device_put(params, over.params(specs.specs(model), params))
   with over.active():
-    got = _results(built, placed)
+    got, program = _results(built, placed)
   assert _distance(got, _whole(mixer)) <= 1e-5
   # Gradients of a mean are small numbers.
   assert _distance(got, _whole(mixer), 1e-9) <= 1e-4
+  # Segment ids are gathered, activations are not, for gradients of weights neither.
+  gathered = re.findall(r"= \(?(\w+)\[.* all-gather", program)
+  assert set(gathered) == {"s32"}
 
 
 @pytest.mark.parametrize("mixer", TWO_SIDED)
 def test_sums_over_both_sides_come_from_all_devices(mixer):
   built = _, params, _ = _built(mixer, two_sided=True)
-  wanted = _results(built, params)
+  wanted, _ = _results(built, params)
   with _spread("ring+tp").active():
-    got = _results(built, params)
+    got, _ = _results(built, params)
   assert _distance(got, wanted) <= 1e-5
 
 

@@ -71,9 +71,8 @@ def _before(z_BLs: jax.Array, past: int, over: across_devices.Over) -> jax.Array
   """The last `past` positions before each slice, zeros before the first one."""
   length = z_BLs.shape[1]
   found: list[jax.Array] = []
-  for distance in range(
-    1, min(-(-past // length), across_devices.num_slices(over) - 1) + 1
-  ):
+  asked = min(-(-past // length), across_devices.num_slices(over) - 1)
+  for distance in range(1, asked + 1):
     wanted = min(length, past - (distance - 1) * length)
     part_BKs = z_BLs[:, length - wanted :]
     found.insert(0, across_devices.receive(part_BKs, distance, over))

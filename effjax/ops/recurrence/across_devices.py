@@ -48,6 +48,8 @@ def run(
   Returns:
     What `op` returns for the whole sequence.
   """
+  if not shard.split_over("length"):
+    return op(**args)
   given = {name: z for name, z in args.items() if z is not None}
   letters = {name: name.rpartition("_")[2] for name in given}
   sizes: dict[str, int] = {}
@@ -56,7 +58,7 @@ def run(
       if letter in split:
         sizes[split[letter]] = min(size, sizes.get(split[letter], size))
   over = shard.split_of("length", sizes)
-  if not over:
+  if not over:  # the length does not divide
     return op(**args)
 
   def on_slice(*arrays: jax.Array) -> Any:
