@@ -108,7 +108,8 @@ def check_not_replicated(
     held = {axis for entry in sharding.spec for axis in _names(entry)}
     for axis in dict.fromkeys(pair[1] for pair in table):
       wanted = [logical for logical, over in table if over == axis]
-      own = [] if spec is None else [a for a in spec.all_axes if a in wanted]
+      own = [] if spec is None else _remaining_axes(spec, tuple(leaf.shape))
+      own = [a for a in own if a in wanted]
       own = [a for a in own if a not in ("kv", "layers")]
       if mesh.shape[axis] == 1 or axis in held or not (own or axis in splits_all):
         continue

@@ -142,7 +142,7 @@ class Spread:
     if num_rows % self.batch_ways:
       raise errors.InputError(
         f"a batch of {num_rows} sequences does not divide among {self.batch_ways} "
-        f"devices; make it a multiple of {self.batch_ways}"
+        f"devices; make it a multiple of {self.batch_ways}, or use fewer devices"
       )
     spec = self._rows(num_rows, rows.ndim, rows.shape[1:])
     if count == 1 and jax.process_count() == 1:

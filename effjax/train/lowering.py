@@ -91,7 +91,8 @@ def check(
     batch_size % parts == 0,
     f"a batch of {batch_size} sequences does not divide into micro_batches="
     f"{config.micro_batches} for {spread.batch_ways} devices along "
-    f"{', '.join(spread.batch_axes) or 'none'}; make batch_size a multiple of {parts}",
+    f"{', '.join(spread.batch_axes) or 'none'}; make batch_size a multiple of {parts}, "
+    "or use fewer devices (mesh.num_devices)",
   )
   step, state = _step(training, spread, config)
   jax.eval_shape(step.fn, state, step.fixed, step.shapes(batch_size, length))

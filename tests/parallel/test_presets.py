@@ -89,12 +89,12 @@ def test_dense_models_of_split_sequences(preset):
   models.check(over(preset), "dense")
 
 
-@pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp"])
+@pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp", "ring", "fsdp+ring"])
 def test_mamba2(preset):
   models.check(over(preset), "mamba2")
 
 
-@pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp"])
+@pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp", "ring+tp", "fsdp+ulysses"])
 def test_hybrids(preset):
   models.check(over(preset), "hybrid")
 

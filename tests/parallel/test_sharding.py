@@ -161,7 +161,7 @@ def test_matrices_count_however_small_where_devices_split_the_work():
 
 
 def test_a_preset_that_splits_nothing_of_a_model_is_refused():
-  spread = spread_lib.over("fsdp+ep", shape={"fsdp": 2})
+  spread = spread_lib.over("ep+fsdp", shape={"fsdp": 2})
   with pytest.raises(errors.InputError, match="over the 4 devices along 'expert', and"):
     spread.check_used({"w": MATRIX})
   experts = specs.ParamSpec(axes=("experts", "embed", "mlp"), kind="matrix")

@@ -29,6 +29,7 @@ def get_config(arg=""):
     "max_len": 64,
   }
   c.measure = {"latency": False, "xz_preset": 0}
+  c.mesh = {"num_devices": 1}
   c.stages = STAGES
   return c
 '''
