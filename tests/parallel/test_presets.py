@@ -142,3 +142,21 @@ def test_what_a_batch_cannot_be_divided_into():
   step, _ = models.start(over("dp"), *models.model("dense"))
   with pytest.raises(ValueError, match="make it a multiple of 8"):
     step.put({"inputs": np.zeros((6, 32), np.int32)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SHAPES)
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_preset(name, preset):
+  if "ep" in preset.split("+") and name not in models.WITH_EXPERTS:
+    pytest.skip("the model has no experts")
+  models.check(over(preset), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "preset", [name for name in SHAPES if "ep" not in name.split("+")]
+)
+@pytest.mark.parametrize("kind", models.LEAVES)
+def test_compressed_leaves_under_every_preset(kind, preset):
+  models.check(over(preset), "dense", kind)
