@@ -22,6 +22,9 @@ SHAPES = {
   "fsdp+ring": {"fsdp": 2, "context": 4},
   "fsdp+ulysses": {"context": 4},
   "ring+ep": {"expert": 2, "context": 4},
+  "pp": {"stage": 4},
+  "pp+fsdp": {"stage": 4, "fsdp": 2},
+  "pp+zero1": {"stage": 2},
   "fsdp+tp": {"tensor": 2},
   "hsdp+tp": {"data": 2, "tensor": 2},
   "zero1+tp": {"tensor": 2},
@@ -32,8 +35,8 @@ SHAPES = {
 }
 
 
-def over(preset):
-  return spread_lib.over(preset, shape=SHAPES[preset])
+def over(preset, **fields):
+  return spread_lib.over(preset, shape=SHAPES[preset], **fields)
 
 
 def held(spread, tree):
@@ -97,6 +100,19 @@ def test_mamba2(preset):
 @pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp", "ring+tp", "fsdp+ulysses"])
 def test_hybrids(preset):
   models.check(over(preset), "hybrid")
+
+
+@pytest.mark.parametrize("preset", ["pp", "pp+fsdp", "pp+zero1"])
+def test_pipelines(preset):
+  spread = over(preset)
+  state = models.check(spread, "dense")
+  stages, rest = spread.mesh.shape["stage"], spread.mesh.shape["fsdp"]
+  layers = state.params["run_0"]
+  assert held(spread, layers) == whole(layers) / stages / rest
+  _, adam = state.opt_state
+  ways = stages * (spread.mesh.shape["data"] if preset == "pp+zero1" else rest)
+  moments = adam[0].mu["run_0"]
+  assert held(spread, moments) == whole(moments) / ways
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,12 @@ def test_ulysses_exchanges_lengths_and_heads():
   assert found["all-to-all"] == [(slices * BF16, LAYERS)] * 8
   assert found["all-reduce"][0] == (MATRICES * BF16, LAYERS)
   assert found.keys() == {"all-to-all", "all-reduce"}
+
+
+def test_stages_hand_on_micro_batches():
+  found = sent("dp+pp", stage=2)
+  rows = BATCH // 2 // 4 * LENGTH * WIDTH * BF16  # Of one of two micro-batches.
+  steps = 2 + 2 - 1
+  assert found["collective-permute"] == [(rows, steps)] * 2
+  # Each of four replicas has one of the two layers.
+  assert found["all-reduce"][0] == (MATRICES * BF16, 1)

@@ -37,6 +37,8 @@ LANES = (
   ("ring", {}, "swiglu"),
   ("ulysses", {}, "swiglu"),
   ("fsdp+ring", {"context": 2}, "swiglu"),
+  ("dp+pp", {"stage": 2}, "swiglu"),
+  ("fsdp+pp", {"stage": 4}, "swiglu"),
   ("fsdp", {}, "moe"),
   ("ep", {}, "moe"),
   ("ep+fsdp", {"fsdp": 2}, "moe"),
