@@ -17,13 +17,14 @@ the activations of all micro-batches are held, unless layers are recomputed (rem
 bubbles a stage computes on copies of real activations, whose results nothing reads.
 
 Costs beside the layers: a step sends one micro-batch of activations from each stage to
-the next. What is outside the pipeline (embedding, head, other runs of layers) has its
-parameters on every stage and its rows split over them, as in data parallelism: a stage
-gets and gives the rows of all of them once a call. Parameters of a run lie in
-consecutive blocks of layers, which is what GPipe wants; with `V > 1` every stage sends
-its groups to where they are used and gets their gradients back once a call, and reads
-the group of each step out of V, whose gradient is added into all V. Where a layer casts
-its parameters, the cast ones are held for every step, unless it is recomputed.
+the next. Parameters outside the pipeline (embedding, head, other runs of layers) are on
+every stage. What comes before it is computed by every stage, on the whole batch; of
+what comes after it each has a part of the rows, which the last stage sends ("rows_out"
+in the rules). Parameters of a run lie in consecutive blocks of layers, which is what
+GPipe wants; with `V > 1` every stage sends its groups to where they are used and gets
+their gradients back once a call, and reads the group of each step out of V, whose
+gradient is added into all V. Where a layer casts its parameters, the cast ones are held
+for every step, unless it is recomputed.
 
 Letters: S stages, M micro-batches, b rows of one, V repeats, k scan steps of a group, R
 of the whole run (`R = V S k`).
@@ -46,10 +47,6 @@ from effjax.parallel import grouping
 
 # `stage_fn(params, x_bLD, rows, first, key) -> (x_bLD, written)`: a group of layers.
 StageFn = Callable[..., tuple[jax.Array, Any]]
-
-# The rule for rows outside the pipeline; the last one, so that what is a block of rows
-# inside is cut into smaller ones.
-OUTSIDE = ("batch", grouping.AXIS)
 
 _ACTIVATIONS = ("stages", "batch", "length", "embed_act")
 
@@ -164,36 +161,9 @@ def run(
   Raises:
     InputError: the rows do not divide into micro-batches, or those among devices.
   """
-  with _inside():
-    x_MbLD, written = _run(schedule, stage_fn, params, x_BLD, rows, key)
-  x_BLD = x_MbLD.swapaxes(0, 1).reshape(x_BLD.shape)
-  return shard_lib.shard(x_BLD, _ACTIVATIONS[1:]), written
-
-
-@contextlib.contextmanager
-def _inside() -> Iterator[None]:
-  """While open, rows are not split over the stages."""
-  active = shard_lib.current()
-  if active is None:
-    yield
-    return
-  mesh, rules = active
-  with shard_lib.use_rules(mesh, tuple(pair for pair in rules if pair != OUTSIDE)):
-    yield
-
-
-def _run(
-  schedule: Schedule,
-  stage_fn: StageFn,
-  params: Any,
-  x_BLD: jax.Array,
-  rows: Any,
-  key: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-  """`run`, with the results of the micro-batches as `[M, b, L, D]`."""
   size = schedule.micro_batches
   _check_rows(x_BLD.shape[0], size)
-  x_MbLD = _cut(shard_lib.shard(x_BLD, _ACTIVATIONS[1:]), size)
+  x_MbLD = _cut(x_BLD, size)
   travelling = {"rows": jax.tree.map(lambda a: _cut(a, size), rows)}
   if key is not None:
     travelling["keys"] = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
@@ -232,7 +202,8 @@ def _run(
   # Until the first micro-batches arrive, stages compute on the first one's input.
   (_, store_MSbLD), written = lax.scan(step, (store_MSbLD[0], store_MSbLD), steps_T)
   written = jax.tree.map(lambda a: _means(schedule, a), written)
-  return store_MSbLD[:, 0], written
+  x_BLD = store_MSbLD[:, 0].swapaxes(0, 1).reshape(x_BLD.shape)
+  return shard_lib.shard(x_BLD, ("rows_out", "length", "embed_act")), written
 
 
 def _check_rows(num_rows: int, micro_batches: int) -> None:
@@ -264,8 +235,6 @@ def _all_stages(
     params = jax.tree.unflatten(treedef, [next(given[t]) for t in trains])
     return stage_fn(params, x, travels["rows"], first, travels.get("keys"))
 
-  # Layers may ask for the rules in their derivatives, too.
-  active = shard_lib.current() or (None,)
   # A scan over the k steps takes parameters `[k, S, ...]` as they are.
   axes = (1, 1, 0, 0, 0)
   vectorized = jax.vmap(call, in_axes=axes, spmd_axis_name=grouping.AXIS)
@@ -291,8 +260,7 @@ def _all_stages(
   def backward(residuals, cotangents):
     pullback, *groups, place = residuals
     pullback.args_res[:2] = (pick(a, place.repeat) for a in groups)
-    with shard_lib.use_rules(*active):
-      new, _, x_SbLD = pullback(cotangents)
+    new, _, x_SbLD = pullback(cotangents)
     valid = lax.broadcast_in_dim(place.valid, x_SbLD.shape, (0,))
     x_SbLD = jnp.where(valid, x_SbLD, 0)
 

@@ -70,16 +70,10 @@ class Spread:
 
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
-    """While open, models that are traced are split as the preset says.
-
-    What stands before and after a pipeline has its rows split over the stages, too.
-    """
-    activations, schedule = self.preset.activations, self.schedule()
-    if schedule is not None:
-      activations += (pipeline.OUTSIDE,)
+    """While open, models that are traced are split as the preset says."""
     with (
-      shard_lib.use_rules(self.mesh, activations),
-      pipeline.use_schedule(schedule),
+      shard_lib.use_rules(self.mesh, self.preset.activations),
+      pipeline.use_schedule(self.schedule()),
     ):
       yield
 

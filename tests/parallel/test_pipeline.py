@@ -253,16 +253,15 @@ def test_what_cannot_go_around():
     spread_lib.over("pp", shape={"stage": 4}, micro_batches=2, repeats=2)
 
 
-def test_rows_are_of_all_stages_outside():
-  def rows(x_BLD):
+def test_rows_are_of_all_stages_after_the_last_layer():
+  def rows(x_BLD, axis):
     with spread.active():
-      return shard_lib.shard(x_BLD, ("batch", None, None))
+      return shard_lib.shard(x_BLD, (axis, None, None))
 
   spread = spread_lib.over("pp+fsdp", shape={"stage": 2, "fsdp": 2})
-  placed = jax.jit(rows)(jnp.zeros((8, 2, 2)))
-  assert placed.sharding.spec == P(("fsdp", "stage"))
-  # All processes read whole batches, which only "fsdp" divides.
-  assert spread.batch_axes == ("fsdp",)
+  rows_fn = jax.jit(rows, static_argnums=1)
+  assert rows_fn(jnp.zeros((8, 2, 2)), "rows_out").sharding.spec == P(("fsdp", "stage"))
+  assert rows_fn(jnp.zeros((8, 2, 2)), "batch").sharding.spec == P("fsdp")
 
 
 def test_a_spread_opens_its_schedule():
