@@ -34,6 +34,10 @@ class StoppedError(EffjaxError):
   exit_code = 4
 
 
+class LostError(EffjaxError):
+  """Another process of the run is gone, or did not come in time."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
   """The allowed word closest to `name`, or None if nothing is close."""
   matches = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)

@@ -17,6 +17,7 @@ import numpy as np
 from effjax.core import config, errors
 from effjax.infer import lengths
 from effjax.models import encoder
+from effjax.parallel import hosts
 
 _MIN_LENGTH = 16
 
@@ -62,7 +63,7 @@ def embed(
       for b, number in enumerate(part):
         tokens_BL[b, : len(ids[number])] = ids[number]
         segments_BL[b, : len(ids[number])] = 1
-      found_BD = np.asarray(_apply(reader, params, tokens_BL, segments_BL))
+      found_BD = hosts.whole(_apply(reader, params, tokens_BL, segments_BL))
       found_ND[part] = found_BD[: len(part)]
   return found_ND
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
@@ -71,9 +72,16 @@ def save_packed(path: str | os.PathLike, params: Mapping[str, Any]) -> int:
 
 
 def bytes_on_disk(params: Mapping[str, Any]) -> int:
-  """Bytes of the file `save_packed` writes; a temporary one, removed again."""
+  """Bytes of the file `save_packed` writes; a temporary one, removed again.
+
+  Values do not change the size, so zeros stand for what only other processes hold.
+  """
+  known = lambda array: getattr(array, "is_fully_addressable", True)
+  here = jax.tree.map(
+    lambda array: array if known(array) else np.zeros(array.shape, array.dtype), params
+  )
   with tempfile.TemporaryDirectory(prefix="effjax-") as folder:
-    return save_packed(pathlib.Path(folder) / "params.safetensors", params)
+    return save_packed(pathlib.Path(folder) / "params.safetensors", here)
 
 
 def _arrays(params: Mapping[str, Any]) -> dict[str, Any]:

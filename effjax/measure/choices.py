@@ -22,6 +22,7 @@ import numpy as np
 from effjax.core import config, errors
 from effjax.infer import lengths
 from effjax.measure import answers as answers_lib
+from effjax.parallel import hosts
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def log_likelihoods(
     for start in range(0, len(group), size):
       part = group[start : start + size]
       batch, pairs = _batch(part, inputs, size, length, num_pairs)
-      found_BP = np.asarray(_chosen(model, params, **batch), np.float64)
+      found_BP = hosts.whole(_chosen(model, params, **batch)).astype(np.float64)
       for found_P, owners in zip(found_BP, pairs, strict=False):  # then padding
         np.add.at(totals_N, owners, found_P[: len(owners)])
   return totals_N

@@ -10,6 +10,7 @@ import numpy as np
 
 from effjax.core import compiling
 from effjax.core import tree as tree_lib
+from effjax.parallel import hosts
 from effjax.weights import leaf as leaf_lib
 from effjax.weights import verbs
 from effjax.weights.leaves import adapted, low_rank
@@ -124,7 +125,7 @@ def _multiplied(leaf: Any) -> Iterator[Any]:
 
 def _total(rows: jax.Array) -> int:
   # Rows are counted on the device in 32 bits, and added up on the host in 64.
-  return int(np.asarray(rows).sum(dtype=np.int64))
+  return int(hosts.whole(rows).sum(dtype=np.int64))
 
 
 @compiling.jit_once

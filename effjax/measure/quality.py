@@ -7,12 +7,16 @@ Where only answers are scored there are no bytes; the accuracy takes their place
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effjax.core import shard as shard_lib
+from effjax.parallel import spread as spread_lib
 
 
 @runtime_checkable
@@ -34,17 +38,28 @@ class EvalSet(Protocol):
 
 
 def evaluate(
-  model: Any, params: Mapping[str, Any], eval_set: EvalSet, batch_size: int = 16
+  model: Any,
+  params: Mapping[str, Any],
+  eval_set: EvalSet,
+  batch_size: int = 16,
+  *,
+  spread: spread_lib.Spread | None = None,
+  pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Scores a model on a fixed text.
 
-  Log-probabilities are float32 on the device, their sum float64 on the host.
+  Log-probabilities are float32 on the device, their sum float64 on the host. With
+  several processes each has the whole text, computes its part of every batch, and gets
+  the sum over all.
 
   Args:
     model: a Decoder.
     params: its parameters, of any leaf kinds.
     eval_set: the text; see EvalSet.
     batch_size: rows of a batch.
+    spread: the devices that share the work, where the rows divide among them, with
+      the model split as in training; None leaves it where the parameters are.
+    pause: called before every batch; what it raises ends the evaluation.
 
   Returns:
     "loss" (nats a predicted token), "perplexity" (its exponential), "bits_per_byte",
@@ -55,9 +70,13 @@ def evaluate(
   """
   total, num_tokens, num_right = 0.0, 0, 0
   answers = eval_set.num_bytes is None
+  put, split = jnp.asarray, None
+  if spread is not None:
+    put, split = spread.put_all, (spread.mesh, spread.preset.activations)
   for batch in eval_set.batches(batch_size):
-    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    nll_BL, right_BL = _scores(model, params, arrays, answers)
+    pause()
+    arrays = {name: put(value) for name, value in batch.items()}
+    nll_BL, right_BL = _scores(model, params, arrays, answers, split)
     scored_BL = np.asarray(batch["weights"]) > 0
     total += float(np.asarray(nll_BL, np.float64)[scored_BL].sum())
     num_tokens += int(scored_BL.sum())
@@ -91,14 +110,32 @@ def summarize(
   }
 
 
-@functools.partial(jax.jit, static_argnames=("model", "answers"))
+@functools.partial(jax.jit, static_argnames=("model", "answers", "split"))
 def _scores(
-  model: Any, params: Mapping[str, Any], batch: Mapping[str, jax.Array], answers: bool
+  model: Any,
+  params: Mapping[str, Any],
+  batch: Mapping[str, jax.Array],
+  answers: bool,
+  split: tuple[jax.sharding.Mesh, shard_lib.Rules] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Of each target its negative log-likelihood, in nats, `[B, L]` float32.
 
-  With `answers` also whether it has the highest logit, `[B, L]` bool.
+  With `answers` also whether it has the highest logit, `[B, L]` bool. With `split`,
+  mesh and rules of the activations, both are whole on every device.
   """
+  # What is compiled depends on the rules, so they are an argument.
+  with shard_lib.use_rules(*(split or (None,))):
+    scores = _compare(model, params, batch, answers)
+  if split is None:
+    return scores
+  return jax.lax.with_sharding_constraint(
+    scores, NamedSharding(split[0], PartitionSpec())
+  )
+
+
+def _compare(
+  model: Any, params: Mapping[str, Any], batch: Mapping[str, jax.Array], answers: bool
+) -> tuple[jax.Array, jax.Array | None]:
   logits_BLV, _ = model.apply(
     {"params": params},
     batch["inputs"],

@@ -1,13 +1,14 @@
 """One row of the results table: a stage, measured."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effjax.measure import bytes as bytes_lib
 from effjax.measure import config as config_lib
 from effjax.measure import device, flops, latency, leaves, quality, tasks
 from effjax.models import encoder
+from effjax.parallel import spread as spread_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,12 @@ def measure_stage(
   config: config_lib.MeasureConfig,
   stage: Stage,
   questions: tasks.Questions | None = None,
+  spread: spread_lib.Spread | None = None,
+  pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Measures a model and returns its row, of plain JSON types.
+
+  Several processes do this together; their times are their own.
 
   Args:
     model: a Decoder or Encoder.
@@ -55,10 +60,13 @@ def measure_stage(
     config: how it is measured.
     stage: what it comes from.
     questions: what it is asked; without both the quality is left out.
+    spread, pause: see quality.evaluate.
   """
   timed = None
   batch_size = config.eval_batch_size
-  scored = measure_quality(model, params, eval_set, questions, batch_size) or None
+  scored = measure_quality(
+    model, params, eval_set, questions, batch_size, spread, pause
+  )
   if config.latency:
     timed = latency.measure(model, params, config, stage.seed)
   counted = flops.per_token(model, params, config.prompt_tokens)
@@ -66,7 +74,7 @@ def measure_stage(
     "stage": stage.name,
     "technique": stage.technique,
     "after": stage.after,
-    "quality": scored,
+    "quality": scored or None,
     "num_params": bytes_lib.num_params(params),
     "num_nonzero": bytes_lib.num_nonzero(params),
     "bits_per_weight": bytes_lib.bits_per_weight(params, stage.num_weights),
@@ -96,6 +104,8 @@ def measure_quality(
   eval_set: quality.EvalSet | None,
   questions: tasks.Questions | None,
   batch_size: int,
+  spread: spread_lib.Spread | None = None,
+  pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Everything that says how good a model is; empty where nothing is asked.
 
@@ -105,10 +115,13 @@ def measure_quality(
     eval_set: text that a decoder is scored on; an encoder gives it no probability.
     questions: a task.
     batch_size: rows of a batch.
+    spread, pause: see quality.evaluate.
   """
   found = {}
   if eval_set is not None and not isinstance(model, encoder.Encoder):
-    found |= quality.evaluate(model, params, eval_set, batch_size)
+    found |= quality.evaluate(
+      model, params, eval_set, batch_size, spread=spread, pause=pause
+    )
   if questions is not None:
     found |= questions.quality(model, params, batch_size)
   return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -109,29 +110,37 @@ class Spread:
     Raises:
       InputError: processes hold rows that overlap, but are not the same.
     """
-    sharding = self._rows(self.batch_ways, 1)
+    mine, shares = self._blocks
+    return shares.index(mine), len(shares)
+
+  @functools.cached_property
+  def _blocks(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Of `batch_ways` blocks of rows those of this process, and of each share."""
     blocks: dict[int, set[int]] = {}
-    for device, index in sharding.devices_indices_map((self.batch_ways,)).items():
+    places = self._rows(self.batch_ways, 1).devices_indices_map((self.batch_ways,))
+    for device, index in places.items():
       start, stop, _ = index[0].indices(self.batch_ways)
       blocks.setdefault(device.process_index, set()).update(range(start, stop))
     shares = sorted({tuple(sorted(held)) for held in blocks.values()})
-    flat = [block for share in shares for block in share]
+    flat = sorted(block for share in shares for block in share)
     if flat != list(range(self.batch_ways)) or len({*map(len, shares)}) > 1:
       raise errors.InputError(
         f"mesh.shape {dict(self.mesh.shape)} gives the {len(blocks)} processes rows of "
         "a batch that overlap in part; make the axes that split it (data, fsdp, "
         "expert) a multiple or a divisor of the number of processes"
       )
-    mine = tuple(sorted(blocks.get(jax.process_index(), shares[0])))
-    return shares.index(mine), len(shares)
+    return tuple(sorted(blocks.get(jax.process_index(), shares[0]))), shares
 
   def put(self, rows: np.ndarray | jax.Array) -> jax.Array:
     """A process's share of the rows of a batch `[b, L, ...]`, as the global array.
 
+    Where the devices of a process do not lie side by side, the rows of the batch do not
+    either; which row stands where makes no difference to a training.
+
     Raises:
       InputError: the rows do not divide among the devices.
     """
-    index, count = self.share()
+    _, count = self.share()
     num_rows = rows.shape[0] * count
     if num_rows % self.batch_ways:
       raise errors.InputError(
@@ -141,14 +150,23 @@ class Spread:
     spec = self._rows(num_rows, rows.ndim, rows.shape[1:])
     if count == 1 and jax.process_count() == 1:
       return jax.device_put(rows, spec)
-    first = index * rows.shape[0]
+    size, mine = num_rows // self.batch_ways, self._blocks[0]
 
     def block(place: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = place[0].indices(num_rows)
-      return np.asarray(rows)[(slice(start - first, stop - first), *place[1:])]
+      first = mine.index(start // size) * size
+      return np.asarray(rows)[(slice(first, first + stop - start), *place[1:])]
 
     shape = (num_rows, *rows.shape[1:])
     return jax.make_array_from_callback(shape, spec, block)
+
+  def put_all(self, rows: np.ndarray) -> jax.Array:
+    """All rows of a batch `[B, L, ...]`, which every process has, as a global array.
+
+    They are split over devices as far as they divide.
+    """
+    spec = self._rows(rows.shape[0], rows.ndim, rows.shape[1:])
+    return jax.make_array_from_callback(rows.shape, spec, lambda place: rows[place])
 
   def abstract(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     """What `put` makes of a batch of a global shape `[B, L, ...]`."""

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from effjax.parallel import hosts
 from effjax.recipe import folder
 from effjax.recipe import session as session_lib
 from effjax.train import stages
@@ -18,10 +19,19 @@ def commit(
     target: the stage's folder.
     made: what the stage made.
     tokenizer: or None.
-    row: of the results table.
+    row: of the results table; that of process 0 counts.
+
+  Raises:
+    InputError: another process does not see what process 0 wrote.
   """
   partial = target.with_name(f".{target.name}.new")
-  shutil.rmtree(partial, ignore_errors=True)
+
+  def finish() -> None:
+    folder.write_json(partial / folder.ROW, row)
+    partial.rename(target)
+
+  remove = lambda: shutil.rmtree(partial, ignore_errors=True)
+  hosts.told(f"make room for stage {target.name}", remove)
   stages.save_stage(partial, made.model, made.params, made.specs, tokenizer)
-  folder.write_json(partial / folder.ROW, row)
-  partial.rename(target)
+  hosts.told(f"write stage {target.name}", finish)
+  hosts.see(target)

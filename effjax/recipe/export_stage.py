@@ -10,6 +10,7 @@ import shutil
 import jax
 
 from effjax.interop import exports
+from effjax.parallel import hosts
 from effjax.recipe import session as session_lib
 
 FOLDER = "exports"
@@ -26,21 +27,26 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   model, params, specs = session.start(index)
   watch = session_lib.Stopwatch()
   path = session.root / FOLDER / (stage.name + exports.SUFFIXES[options.format])
-  if jax.process_index() == 0:
+  # Of several processes one writes, and needs what the others hold.
+  known = jax.tree.map(hosts.whole, params) if hosts.several() else params
+
+  def write() -> int:
     path.parent.mkdir(exist_ok=True)
     _remove(path)
     kind, notes = exports.write(
-      options, path, model, params, specs, session.data.tokenizer
+      options, path, model, known, specs, session.data.tokenizer
     )
     for note in notes:
       session_lib.say(f"note: {note}")
     session_lib.say(f"{path}: {options.format}, {kind}")
+    return _size(path)
+
   return session_lib.Made(
     model=model,
     params=params,
     specs=specs,
+    bytes_on_disk=hosts.told(f"write {path.name}", write),
     secs=watch.read(),
-    bytes_on_disk=_size(path),
   )
 
 

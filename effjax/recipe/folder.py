@@ -2,7 +2,8 @@
 
 `config.json overrides.txt env.json metrics.jsonl tb/ checkpoints/ stages/<n>-<name>/
 report.md report.html pareto.png result.json`. A file is complete or absent: each is
-written beside its place and renamed. `result.json` comes last.
+written beside its place and renamed. `result.json` comes last. Of several processes
+process 0 writes, and the others read: the folder is on a file system that all share.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from effjax.core import config as config_lib
 from effjax.core import errors
+from effjax.parallel import hosts
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -50,7 +52,8 @@ def check(root: pathlib.Path, config: Any, fresh: bool) -> None:
 
   Raises:
     InputError: it is a file, holds something else than a run, or holds a run of
-      another config; the message lists what differs.
+      another config (`mesh` aside: a run may go on with other devices); the message
+      lists what differs.
   """
   if not root.exists():
     return
@@ -66,7 +69,7 @@ def check(root: pathlib.Path, config: Any, fresh: bool) -> None:
     return
   if fresh:
     return
-  found = config_lib.differences(read_json(root / CONFIG), config)
+  found = config_lib.differences(*map(_computed, (read_json(root / CONFIG), config)))
   if found:
     more = len(found) - _MAX_SHOWN
     shown = "; ".join(found[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -80,13 +83,25 @@ def check(root: pathlib.Path, config: Any, fresh: bool) -> None:
 def opened(
   root: pathlib.Path, config: Any, overrides: Sequence[str], fresh: bool = False
 ) -> Iterator[None]:
-  """Holds the folder for this process, with `config.json` and `overrides.txt` in it.
+  """Holds the folder for this run, with `config.json` and `overrides.txt` in it.
 
-  The lock falls with the process, however it ends.
+  The lock falls with process 0, however it ends.
 
   Raises:
-    InputError: see `check`; or another process is running in the folder.
+    InputError: see `check`; or another run is under way in the folder; or a process
+      does not see what process 0 wrote.
   """
+  with contextlib.ExitStack() as held:
+    hold = _held(root, config, overrides, fresh)
+    hosts.told(f"open {root}", lambda: held.enter_context(hold))
+    hosts.see(root / CONFIG)
+    yield
+
+
+@contextlib.contextmanager
+def _held(
+  root: pathlib.Path, config: Any, overrides: Sequence[str], fresh: bool
+) -> Iterator[None]:
   check(root, config, fresh)
   root.mkdir(parents=True, exist_ok=True)
   with open(root / _LOCK, "w") as lock:
@@ -98,7 +113,7 @@ def opened(
       ) from None
     if fresh:
       _clear(root)
-    if not (root / CONFIG).exists():
+    if not (root / CONFIG).exists() or read_json(root / CONFIG) != config:
       write_text(root / "overrides.txt", "".join(f"{o}\n" for o in overrides))
       write_json(root / CONFIG, config)
     yield
@@ -149,6 +164,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   beside.replace(path)
+
+
+def _computed(config: Any) -> Any:
+  """A plain config without what may change from start to start: the devices used."""
+  return {name: value for name, value in config.items() if name != "mesh"}
 
 
 def _clear(root: pathlib.Path) -> None:

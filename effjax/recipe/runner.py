@@ -8,9 +8,7 @@ training at the step, where it stopped.
 import contextlib
 import pathlib
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from effjax.core import config as core_config
 from effjax.core import errors
 from effjax.data import pipeline
 from effjax.measure import baselines, memory, rows
+from effjax.parallel import hosts
 from effjax.recipe import (
   committing,
   environment,
@@ -27,6 +26,7 @@ from effjax.recipe import (
   folder,
   import_stage,
   rewind_stage,
+  sharing,
   train_stage,
   transform_stage,
 )
@@ -47,15 +47,19 @@ def run(
   *,
   workdir: pathlib.Path | None = None,
   fresh: bool = False,
+  until: str | None = None,
   profile: bool = False,
 ) -> pathlib.Path:
   """Runs a recipe, or resumes it, and returns its run folder.
+
+  Several processes (see parallel.launch) make this same call; process 0 writes.
 
   Args:
     reference: config file and argument, such as "configs/quickstart.py:smoke".
     changes: overrides such as "--config.stages[2].options.bits=3".
     workdir: run folder; `runs/<config>[-<arg>]` if None.
     fresh: deletes an earlier run in that folder first.
+    until: name of the last stage to run; None for all, and the report.
     profile: traces some steps of every training into `profile/`.
 
   Raises:
@@ -63,39 +67,58 @@ def run(
     DivergedError: a loss stopped being finite.
     StoppedError: SIGTERM or SIGINT came; the same call resumes.
     OSError: the disk is full (ENOSPC); what was saved before is whole.
+    LostError: another process did not come to a point where all must be.
   """
   config = config_lib.load(reference, changes)
   plan = plan_lib.make(config)
+  last = _last(config, until)
   root = workdir or files.default_workdir(reference)
   plain = core_config.to_dict(config)
-  folder.check(root, plain, fresh)
+  sharing.check(plan, last)
+  hosts.told("look at the run folder", lambda: folder.check(root, plain, fresh))
+  sharing.check_transforms(plan, root, last)
   environment.keep_compiled()
   tokenizer = config.source.tokenizer if config.imported else None
-  data = pipeline.open_data(
-    config.data, jax.process_index(), jax.process_count(), tokenizer
-  )
+  data = pipeline.open_data(config.data, *plan.spread.share(), tokenizer)
   questions = session_lib.questions_of(config, data.tokenizer)
   if questions is not None:
     questions.examples()  # What cannot be fetched shows now.
+  if hosts.several():
+    session_lib.say(sharing.describe(plan))
   with folder.opened(root, plain, changes, fresh), _stoppable():
     session = session_lib.Session(plan=plan, data=data, root=root, profile=profile)
     _note_environment(session)
-    table = [_stage(session, i) for i in range(len(config.stages))]
-    if not (root / folder.RESULT).exists():
-      _report(session, table)
+    table = [_stage(session, i) for i in range(last + 1)]
+    if last + 1 == len(config.stages):
+      hosts.told("write the report", lambda: _report(session, table))
   return root
 
 
+def _last(config: config_lib.Config, until: str | None) -> int:
+  """Number of the last stage to run."""
+  names = [stage.name for stage in config.stages]
+  if until is None:
+    return len(names) - 1
+  if until not in names:
+    raise errors.unknown("stage of --until", until, names)
+  return names.index(until)
+
+
 def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
-  """Runs, measures and saves a stage, unless that was done; returns its row."""
+  """Runs, measures and saves a stage, unless that was done; returns its row.
+
+  Of several processes the row of process 0 is the one that is saved and shown.
+  """
+  signals.check()
   config = session.config
   stage, target = config.stages[index], session.folder(index)
+  title = f"[{index + 1}/{len(config.stages)}] {stage.name}"
+  if hosts.told(f"look for stage {stage.name}", target.exists):
+    session_lib.say(f"{title}: done before")
+    hosts.see(target)
+    return folder.read_json(target / folder.ROW)
   parent = config.parent(index)
   after = None if parent is None else config.stages[parent].name
-  title = f"[{index + 1}/{len(config.stages)}] {stage.name}"
-  if target.exists():
-    session_lib.say(f"{title}: done before")
-    return folder.read_json(target / folder.ROW)
   if stage.technique == config_lib.IMPORT:
     start = f"of {config.imported.source}"
   else:
@@ -126,6 +149,8 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
     config.measure,
     about,
     session.questions,
+    session.plan.spread,
+    signals.check,
   )
   if made.bytes_on_disk is not None:
     row |= {"bytes_on_disk": made.bytes_on_disk}
@@ -137,7 +162,9 @@ def _stage(session: session_lib.Session, index: int) -> dict[str, Any]:
 
 
 def _report(session: session_lib.Session, table: Sequence[dict[str, Any]]) -> None:
-  """Writes the reports and, last, result.json."""
+  """Writes the reports and, last, result.json, unless that was done."""
+  if (session.root / folder.RESULT).exists():
+    return
   session_lib.say("report: compressors on the same text if there is any, tables, plots")
   data, lines = session.data, []
   if any(row["quality"].get("num_bytes") is not None for row in table):
@@ -175,8 +202,16 @@ def _note_environment(session: session_lib.Session) -> None:
   """Writes env.json; a resumed run must read the same text as before.
 
   Raises:
-    InputError: the corpus is not the one the run began with.
+    InputError: the corpus is not the one the run began with, or not the same in every
+      process.
   """
+  corpus = session.data.facts["hash"]
+  fix = "give every host the same files, Python and effjax"
+  hosts.agree("the hash of the corpus", corpus, fix)
+  hosts.told("write env.json", lambda: _write_environment(session))
+
+
+def _write_environment(session: session_lib.Session) -> None:
   path = session.root / "env.json"
   now = environment.describe() | {"corpus": session.data.facts}
   if session.config.imported:
@@ -202,27 +237,18 @@ def _note_environment(session: session_lib.Session) -> None:
 def _stoppable() -> Iterator[None]:
   """Between trainings a signal ends the run at once: finished stages are saved.
 
-  In a training the loop's own handlers take over, and save.
+  In a training the loop's own handlers take over, and save. Several processes stop
+  together: before a stage, or while its quality is measured.
   """
 
-  def restore() -> None:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-  def stop(number: int, frame: FrameType | None) -> None:
-    del frame
-    restore()  # An impatient second Ctrl-C ends the process.
+  def stop(number: signal.Signals) -> None:
     # Not an Exception: no library between here and the runner may catch it.
-    raise signals.Interrupted(signal.Signals(number).name)
+    raise signals.Interrupted(number.name)
 
-  in_main = threading.current_thread() is threading.main_thread()
-  caught = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-  previous = {number: signal.signal(number, stop) for number in caught}
   try:
-    yield
+    with signals.caught(stop):
+      yield
   except signals.Interrupted as interrupted:
     raise errors.StoppedError(
       f"stopped by {interrupted}; finished stages are saved: the same command resumes"
     ) from None
-  finally:
-    restore()

@@ -14,6 +14,7 @@ from effjax.data import evaluation, pipeline
 from effjax.data.tasks import base
 from effjax.measure import tasks
 from effjax.models import encoder_config
+from effjax.parallel import spread as spread_lib
 from effjax.recipe import folder
 from effjax.recipe import plan as plan_lib
 from effjax.train import stages
@@ -54,27 +55,37 @@ class Session:
     """Folder of stage number `index` (from 0)."""
     return folder.stage_folder(self.root, index, self.config.stages[index].name)
 
-  def start(self, index: int) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+  def start(
+    self, index: int, spread: spread_lib.Spread | None = None
+  ) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
     """Model, parameters and specs that stage `index` starts from.
 
     They are read from the parent's folder also when it was made a moment ago, so a
     resumed run computes with exactly what the first one had.
+
+    Args:
+      index: number of the stage.
+      spread: the devices they go to; None for those of the plan.
     """
     parent = self.config.parent(index)
     if parent is None:
-      return self.plan.model, self.fresh_params(), self.plan.specs
-    stage = stages.load_stage(self.folder(parent), self.plan.spread)
+      return self.plan.model, self.fresh_params(spread=spread), self.plan.specs
+    stage = stages.load_stage(self.folder(parent), spread or self.plan.spread)
     return stage.model, stage.params, stage.specs
 
-  def fresh_params(self, seed: int | None = None) -> dict[str, Any]:
+  def fresh_params(
+    self, seed: int | None = None, spread: spread_lib.Spread | None = None
+  ) -> dict[str, Any]:
     """Freshly initialized parameters, each where it belongs on the mesh.
 
     Args:
       seed: None for that of the config.
+      spread: the devices they go to; None for those of the plan.
     """
     model = self.plan.model
     init = lambda key: model.init(key, *model.example_inputs())["params"]
-    shardings = self.plan.shardings(self.plan.fresh)
+    spread = spread or self.plan.spread
+    shardings = spread.params(self.plan.specs, self.plan.fresh)
     compiled = compiling.jit_once(init, out_shardings=shardings)
     return compiled(jax.random.key(self.config.seed if seed is None else seed))
 

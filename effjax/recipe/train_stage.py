@@ -15,10 +15,11 @@ from typing import Any
 import jax
 
 from effjax.measure import flops, quality
+from effjax.parallel import hosts
 from effjax.recipe import profiling
 from effjax.recipe import session as session_lib
 from effjax.train import config as train_config
-from effjax.train import device, loop, stages
+from effjax.train import device, loop, signals, stages
 from effjax.train.losses import base
 
 # A training step costs a forward pass and, for gradients, about two more.
@@ -46,7 +47,7 @@ def run(session: session_lib.Session, index: int) -> session_lib.Made:
   )
   # Each training reads the documents in an order of its own.
   batches = data.train_iterator(config.data.seed + index)
-  if session.profile:
+  if session.profile and hosts.first():
     batches = profiling.Profiled(batches, session.root / "profile" / stage.name)
   key = jax.random.key(config.seed + options.seed_offset)
   teacher = _teacher(session, index)
@@ -101,7 +102,14 @@ def _evaluator(
   batch_size = session.config.measure.eval_batch_size
 
   def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
-    found = quality.evaluate(model, params, eval_set, batch_size)
+    found = quality.evaluate(
+      model,
+      params,
+      eval_set,
+      batch_size,
+      spread=session.plan.spread,
+      pause=signals.check,
+    )
     names = ("loss", "accuracy" if "accuracy" in found else "bits_per_byte")
     wanted = {name: found[name] for name in names}
     return {name: math.nan if x is None else x for name, x in wanted.items()}

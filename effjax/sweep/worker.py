@@ -22,7 +22,8 @@ from effjax.report import sweep as manifest
 from effjax.sweep import points as points_lib
 from effjax.sweep import store as store_lib
 
-_RUN = (sys.executable, "-m", "effjax", "run")
+# A worker's run is its own, also where a cluster started several workers.
+_RUN = (sys.executable, "-m", "effjax", "run", "--dist=off")
 # Seconds between two looks at what other workers do.
 _POLL_SECS = 2.0
 

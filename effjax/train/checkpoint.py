@@ -2,11 +2,14 @@
 
 Arrays are stored under the names of their places in the state, and are only ever read
 into a target built from a live state, onto its shardings: a checkpoint can be restored
-on another number of devices. Writing is asynchronous, after a copy to the host.
+on another number of devices or of processes. Writing is asynchronous, after a copy to
+the host; with several processes each writes what it holds, and process 0 all the rest.
+The position in the data is one number, the same for any number of processes.
 """
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -22,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from effjax.core import config as config_lib
 from effjax.core import errors
+from effjax.parallel import hosts
 from effjax.train import inventory
 from effjax.train import state as state_lib
 
@@ -41,6 +45,17 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which does not ask JAX's preemption service where to stop.
+
+  It would count by steps; the places to stop are counted in train.signals.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one stage, newest first."""
 
@@ -55,12 +70,15 @@ class Checkpoints:
     quiet_orbax()
     self._directory = directory.absolute()
     self._notice = notice
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.LatestN(n=keep),
         enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._take_inventory),
+        async_options=ocp.AsyncOptions(
+          timeout_secs=round(hosts.timeout_secs()),
+          post_finalization_callback=self._take_inventory,
+        ),
       ),
     )
 
@@ -83,15 +101,15 @@ class Checkpoints:
       OSError: the disk is full (ENOSPC), now or for the checkpoint before.
     """
     arrays = state_lib.describe(state)
-    require_space(self._directory, arrays)
+    if hosts.first():
+      require_space(self._directory, arrays)
     meta = {
       "notes": dict(notes),
       "config": config,
       "arrays": {name: _summary(array) for name, array in arrays.items()},
+      "position": None if batches is None else batches.get_state(),
     }
     items = {"state": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
-    if batches is not None:
-      items["data"] = grain.checkpoint.CheckpointSave(batches)
     with disk_full_named(self._directory):
       self._manager.save(int(state.step), args=ocp.args.Composite(**items))
 
@@ -114,21 +132,26 @@ class Checkpoints:
       InputError: a checkpoint is whole but belongs to another config or model.
     """
     start = None if batches is None else batches.get_state()
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        self._check_inventory(step)
-        meta = self._manager.restore(
-          step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        )["meta"]
-        notes, old_config, arrays = meta["notes"], meta["config"], meta["arrays"]
-      except DAMAGED as error:
-        self._set_aside(step, error)
+    # What process 0 sees counts: a shared file system shows others a change later.
+    newest_first = lambda: sorted(self._manager.all_steps(), reverse=True)
+    for step in hosts.told("list the checkpoints", newest_first):
+      check = functools.partial(self._damage, step)
+      damage = hosts.told(f"check the checkpoint of step {step}", check)
+      if damage is not None:
+        self._set_aside(step, damage)
         continue
-      self._check_same(step, old_config, config, arrays, like)
+      meta = self._meta(step)
+      self._check_same(step, meta["config"], config, meta["arrays"], like)
       try:
-        return self._read(step, like, batches), notes
+        return self._read(step, meta, like, batches), meta["notes"]
       except DAMAGED as error:
-        self._set_aside(step, error)
+        if hosts.several():  # The others may have read what they need of it.
+          raise errors.InputError(
+            f"process {jax.process_index()} cannot read the checkpoint of step {step} "
+            f"in {self._directory} ({_reason(error)}); move it away, then the same "
+            "command resumes from the one before"
+          ) from error
+        self._set_aside(step, _reason(error))
     if start is not None:
       batches.set_state(start)
     return None
@@ -147,17 +170,27 @@ class Checkpoints:
     with disk_full_named(self._directory):
       self._manager.close()
 
-  def _read(self, step: int, like: state_lib.TrainState, batches: Any) -> Any:
+  def _read(
+    self, step: int, meta: Mapping[str, Any], like: state_lib.TrainState, batches: Any
+  ) -> state_lib.TrainState:
     target = {
       name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
       for name, a in state_lib.describe(like).items()
     }
     items = {"state": ocp.args.StandardRestore(target)}
-    if batches is not None:
+    if batches is not None and "position" not in meta:
+      # Written before the position stood in `meta`: grain has a file of its own.
       items["data"] = grain.checkpoint.CheckpointRestore(batches)
+    elif batches is not None:
+      batches.set_state(meta["position"])
     arrays = self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
     leaves = [arrays[name] for name in target]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    """The JSON of a checkpoint, where Orbax's handler keeps it."""
+    path = self._directory / str(step) / "meta" / "metadata"
+    return json.loads(path.read_text(encoding="utf-8"))
 
   def _take_inventory(self) -> None:
     """Called when a checkpoint is complete, just before the rename that commits it."""
@@ -174,11 +207,19 @@ class Checkpoints:
       partial.write_text(json.dumps(found), encoding="utf-8")
       os.replace(partial, folder / FILES)
 
-  def _check_inventory(self, step: int) -> None:
+  def _damage(self, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
     folder = self._directory / str(step)
-    found = json.loads((folder / FILES).read_text(encoding="utf-8"))
-    for item, files in found.items():
-      inventory.check(folder / item, files)
+    try:
+      found = json.loads((folder / FILES).read_text(encoding="utf-8"))
+      for item, files in found.items():
+        inventory.check(folder / item, files)
+      missing = {"notes", "config", "arrays"} - self._meta(step).keys()
+      if missing:
+        raise KeyError(*missing)
+    except DAMAGED as error:
+      return _reason(error)
+    return None
 
   def _check_same(self, step, old_config, config, arrays, like) -> None:
     changed = config_lib.differences(old_config, config)
@@ -195,22 +236,25 @@ class Checkpoints:
           f"{name} is {arrays.get(name)}, needed is {wanted.get(name)}"
         )
 
-  def _set_aside(self, step: int, error: BaseException) -> None:
+  def _set_aside(self, step: int, reason: str) -> None:
     """Renames a damaged checkpoint, so that nothing is lost and the step is free."""
+    target = hosts.told("set a checkpoint aside", lambda: self._rename(step))
+    self._manager.reload()
+    self._notice(
+      f"checkpoint of step {step} is damaged ({reason}); moved to {target}, falling "
+      "back to the one before"
+    )
+
+  def _rename(self, step: int) -> str:
     source = self._directory / str(step)
     target = self._directory / f"damaged-{step}"
     number = 0
     while target.exists():
       number += 1
       target = self._directory / f"damaged-{step}-{number}"
-    if jax.process_index() == 0 and source.exists():
+    if source.exists():
       os.rename(source, target)
-    self._manager.reload()
-    reason = " ".join(str(error).split())[:120]
-    self._notice(
-      f"checkpoint of step {step} is damaged ({type(error).__name__}: {reason}); moved "
-      f"to {target}, falling back to the one before"
-    )
+    return str(target)
 
 
 def require_space(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
@@ -241,6 +285,10 @@ def disk_full_named(path: pathlib.Path) -> Iterator[None]:
       raise
     message = os.strerror(errno.ENOSPC)
     raise OSError(errno.ENOSPC, message, str(path)) from error
+
+
+def _reason(error: BaseException) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _summary(array: Any) -> list[Any]:

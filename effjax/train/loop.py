@@ -88,7 +88,8 @@ def train(
     where: which parameters train (see core.select); None for all of them, or for the
       adapters alone where there are any (see train.adapters).
     evaluate: `evaluate(params) -> {name: number}`, called at `config.eval_every`; it
-      may be left at any point when a stop is asked for, and is then repeated.
+      may be left at any point when a stop is asked for (with several processes where
+      it calls signals.check), and is then repeated.
     workdir: the run folder: `metrics.jsonl`, `tb/<stage>`, `checkpoints/<stage>`; None
       writes nothing.
     stage: name in metrics and folders.
@@ -203,7 +204,7 @@ class Loop:
         step = self._start()
         self._pause_at(step, stop)
         while step < self._config.num_steps:
-          if stop.at(step):
+          if stop.at():
             self._stop(step, stop)
           step = self._update(step)
           self._pause_at(step, stop)
@@ -328,7 +329,7 @@ class Loop:
 
   def _stop(self, step: int, stop: signals.StopRequest) -> None:
     self._fetch()
-    name = stop.requested.name if stop.requested is not None else "preemption"
+    name = stop.requested.name
     if self._checkpoints is None:
       raise errors.StoppedError(f"stopped by {name} at step {step}; nothing to save to")
     self._save(step)

@@ -28,6 +28,7 @@ from effjax.core import tree as tree_lib
 from effjax.data import tokenizers
 from effjax.models import config as model_config
 from effjax.models import decoder, encoder, encoder_config
+from effjax.parallel import hosts
 from effjax.parallel import spread as spread_lib
 from effjax.train import checkpoint, inventory
 from effjax.weights import describe
@@ -60,6 +61,9 @@ def save_stage(
 ) -> None:
   """Writes a stage folder, whole or not at all.
 
+  Of several processes each writes what it holds of the parameters, and process 0 all
+  the rest; all must call this, and the folder must be shared.
+
   Args:
     path: the folder; it must not exist.
     model: the model the parameters belong to.
@@ -73,22 +77,25 @@ def save_stage(
   """
   checkpoint.quiet_orbax()
   path = pathlib.Path(path).absolute()
-  if path.exists():
-    raise FileExistsError(f"{path} exists already")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  checkpoint.require_space(path.parent, _named_arrays(params))
   partial = path.with_name(f".{path.name}.partial")
-  if jax.process_index() == 0:
+
+  def prepare() -> None:
+    if path.exists():
+      raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.require_space(path.parent, _named_arrays(params))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+
+  hosts.told(f"make {path.name}", prepare)
   try:
     with checkpoint.disk_full_named(path):
       _write(partial, model, params, specs, tokenizer)
   except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
+    if hosts.first():
+      shutil.rmtree(partial, ignore_errors=True)
     raise
-  if jax.process_index() == 0:
-    os.rename(partial, path)
+  hosts.told(f"finish {path.name}", lambda: os.rename(partial, path))
 
 
 def load_stage(
@@ -149,7 +156,7 @@ def _write(
   }
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "params", _named_arrays(params))
-  if jax.process_index() == 0:
+  if hosts.first():
     about = {
       "format": FORMAT,
       "architecture": _NAMES[type(model)],

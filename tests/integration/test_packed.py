@@ -34,6 +34,7 @@ def get_config(arg=""):
     "max_len": 64,
   }
   c.measure = {"latency": False, "xz_preset": 0}
+  c.mesh = {"num_devices": 1}
   train = {"num_steps": 2, "optimizer": {"name": "adamw", "learning_rate": 1e-3}}
   everything = {"kind": ("matrix", "embedding")}
   c.stages = (
