@@ -33,18 +33,12 @@ def check(plan: plan_lib.Plan, last: int) -> None:
   """
   _check_processes(plan)
   _, num_shares = plan.spread.share()
-  ways = plan.spread.batch_ways
   for i, stage in enumerate(plan.config.stages[: last + 1]):
     if stage.technique != config_lib.TRAIN:
       continue
     options = stage.build_options()
     size = options.batch_size or plan.config.data.batch_size
     where = f"config.stages[{i}] ({stage.name})"
-    core_config.require(
-      size % ways == 0,
-      f"{where}: a batch of {size} sequences does not divide among {ways} devices; "
-      f"make data.batch_size, or the stage's own, a multiple of {ways}",
-    )
     core_config.require(
       size // num_shares % options.micro_batches == 0,
       f"{where}: each of {num_shares} processes reads {size // num_shares} of the "

@@ -58,7 +58,7 @@ def sent(preset, mlp="swiglu", **shape):
     batch_size=BATCH,
     length=LENGTH,
   )
-  text = lowered.compile(compiler_options=topology.COUNTABLE).as_text()
+  text = topology.compiled(lowered, countable=True).as_text()
   found = {}
   for one in collectives.find(text):
     if one.num_bytes > SMALL:

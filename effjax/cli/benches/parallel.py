@@ -117,7 +117,7 @@ def _step(size: _Size, preset: str, shape: dict[str, int], mlp: str) -> dict[str
     batch_size=size.batch_size,
     length=size.length,
   )
-  compiled = lowered.compile(compiler_options=topology.COUNTABLE)
+  compiled = topology.compiled(lowered, countable=True)
   held, sent = compiled.memory_analysis(), collectives.find(compiled.as_text())
   by_kind = collectives.totals(sent)
   used = {axis: n for axis, n in spread.mesh.shape.items() if n > 1}
@@ -171,7 +171,7 @@ def _attention_temp(spread: spread_lib.Spread, length: int) -> int:
     return jnp.sum(y_BLHK.astype(jnp.float32))
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=(heads.sharding,) * 3)
-  compiled = grad.lower(heads, heads, heads).compile()
+  compiled = topology.compiled(grad.lower(heads, heads, heads))
   return compiled.memory_analysis().temp_size_in_bytes
 
 
