@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -128,14 +128,13 @@ def running(*args, **kwargs) -> Iterator[Job]:
     job.kill()
 
 
-def free_port(least: int = 1024) -> int:
-  """A port that nobody uses now."""
-  while True:
-    with socket.socket() as listening:
-      listening.bind(("127.0.0.1", 0))
-      port = listening.getsockname()[1]
-    if port >= least:
-      return port
+def free_port(ports: Iterable[int] = (0,)) -> int:
+  """A port that nobody uses now, the first of some; of any by default."""
+  for port in ports:
+    with socket.socket() as listening, contextlib.suppress(OSError):
+      listening.bind(("127.0.0.1", port))
+      return listening.getsockname()[1]
+  raise AssertionError("all ports are in use")
 
 
 def lines(text: str) -> list[str]:

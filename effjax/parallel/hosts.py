@@ -117,6 +117,8 @@ def told(what: str, decide: Callable[[], Any]) -> Any:
 def agree(what: str, value: Any, fix: str) -> None:
   """Checks that a value of plain JSON types is the same in every process.
 
+  No process goes on before all have agreed.
+
   Args:
     what: what it is, such as "the corpus".
     value: what it is here.
@@ -132,6 +134,7 @@ def agree(what: str, value: Any, fix: str) -> None:
       f"{what} is {value!r} in process {jax.process_index()} "
       f"({socket.gethostname()}) and {expected!r} in process 0: {fix}"
     )
+  meet(f"all processes to agree on {what}")
 
 
 def see(path: pathlib.Path) -> None:
@@ -140,7 +143,7 @@ def see(path: pathlib.Path) -> None:
   Raises:
     InputError: it does not, so the folder is not shared.
   """
-  deadline = time.monotonic() + min(_VISIBLE_SECS, _timeout_secs)
+  deadline = time.monotonic() + min(_VISIBLE_SECS, _timeout_secs / 2)
   while not path.exists():
     if time.monotonic() > deadline:
       raise errors.InputError(

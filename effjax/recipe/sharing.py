@@ -118,3 +118,4 @@ def _check_processes(plan: plan_lib.Plan) -> None:
     f"process {jax.process_index()} has another config than process 0: "
     f"{'; '.join(found[:3])}; start all of them with the same command and files",
   )
+  hosts.meet("all processes to agree on the config")
