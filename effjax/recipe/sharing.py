@@ -6,7 +6,7 @@ import jax
 
 from effjax.core import config as core_config
 from effjax.core import errors
-from effjax.parallel import hosts, own
+from effjax.parallel import hosts, own, sharding
 from effjax.recipe import config as config_lib
 from effjax.recipe import folder
 from effjax.recipe import plan as plan_lib
@@ -97,6 +97,19 @@ def describe(plan: plan_lib.Plan) -> str:
     f"mesh {mesh or 'of one device'} ({plan.config.mesh.preset}); {num_shares} "
     f"different shares of a batch are read by {jax.process_count()} processes"
   )
+
+
+def notes(plan: plan_lib.Plan) -> list[str]:
+  """What of the model is whole on devices that split the rest of it, in words."""
+  spread, shardings = plan.spread, plan.shardings(plan.fresh)
+  paths = sharding.replicated_keys(spread.mesh, plan.specs, shardings)
+  if not paths:
+    return []
+  more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+  return [
+    f"key heads are whole on each of the {spread.mesh.shape['tensor']} devices along "
+    f"'tensor', which do not divide them: {paths[0]}{more}"
+  ]
 
 
 def _check_processes(plan: plan_lib.Plan) -> None:
