@@ -26,10 +26,11 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
 
   Returns:
     `config` (resolved), `mesh`, `notes` on it (see sharing.notes), `parameters` (path,
-    shape, kind, axes, sharding, num_params each), `stages` (what each holds), `num_params`, `flops_per_token`
-    (forward, at the training length) and `train_flops_per_token`, and `attention`
-    (mixer, layers, implementation, because) and `experts` (layers, dispatch, product,
-    because), for training on the device at hand.
+    shape, kind, axes, sharding, num_params each), `stages` (what each holds),
+    `num_params`, `flops_per_token` (forward, at the training length) and
+    `train_flops_per_token`, and `attention` (mixer, layers, implementation, because)
+    and `experts` (layers, dispatch, product, because), for training on the device at
+    hand.
 
   Raises:
     InputError: a layer names an implementation of attention that cannot do it.
