@@ -93,7 +93,7 @@ def opened(
   """
   with contextlib.ExitStack() as held:
     hold = _held(root, config, overrides, fresh)
-    hosts.told(f"open {root}", lambda: held.enter_context(hold))
+    hosts.told("open the run folder", lambda: held.enter_context(hold))
     hosts.see(root / CONFIG)
     yield
 
