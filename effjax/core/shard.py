@@ -107,6 +107,23 @@ def split_over(logical: str) -> tuple[str, ...]:
   return tuple(n for axis, n in rules if axis == logical and mesh.shape.get(n, 1) > 1)
 
 
+def split_of(logical: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """Mesh axes over which `on_devices`, given the same sizes, splits a logical axis."""
+  active = _active.get()
+  if active is None or logical not in sizes:
+    return ()
+  return _cut(sizes, *active).get(logical, ())
+
+
+def _cut(
+  sizes: Mapping[str, int], mesh: Mesh, rules: Rules
+) -> dict[str, tuple[str, ...]]:
+  """Mesh axes of the logical axes that are split."""
+  spec = partition_spec(tuple(sizes), tuple(sizes.values()), mesh, rules)
+  named = zip(sizes, spec, strict=False)
+  return {axis: (by,) if isinstance(by, str) else by for axis, by in named if by}
+
+
 def on_devices(
   fn: Callable[..., Any],
   args: Sequence[Any],
@@ -131,9 +148,7 @@ def on_devices(
     What `fn` returns, put together.
   """
   mesh, rules = _active.get()
-  names = tuple(sizes)
-  cut = partition_spec(names, tuple(sizes.values()), mesh, rules)
-  by_axis = dict(zip(names, (*cut, *[None] * (len(names) - len(cut))), strict=True))
+  by_axis = _cut(sizes, mesh, rules)
   spec = lambda axes: PartitionSpec(*(by_axis.get(axis) for axis in axes))
   given = [i for i, arg in enumerate(args) if arg is not None]
 

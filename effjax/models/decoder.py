@@ -158,7 +158,7 @@ class Decoder(nn.Module):
     if state is not None:
       seen_B = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
       new_state["length_B"] = state["length_B"] + seen_B
-    return shard(logits_BLV, ("batch", "length", "vocab")), new_state
+    return shard(logits_BLV, ("rows_out", "length", "vocab")), new_state
 
   @nn.nowrap
   def _make_layer(self, layer: config_lib.LayerConfig, name: str | None) -> Any:

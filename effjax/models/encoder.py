@@ -175,7 +175,7 @@ class Encoder(nn.Module):
         return _mean(x_BLD, segments), None
       if cfg.num_classes is None:
         logits_BLV = self._token_logits(x_BLD, table)
-        return shard(logits_BLV, ("batch", "length", "vocab")), None
+        return shard(logits_BLV, ("rows_out", "length", "vocab")), None
     with weight_lib.token_weights((segments[:, 0] > 0).astype(jnp.float32)):
       return self._class_logits(x_BLD[:, 0]), None
 

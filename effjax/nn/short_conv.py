@@ -60,7 +60,7 @@ def short_conv(
   if state_BKI is not None:
     segments = (segments > 0).astype(jnp.int32)
   y_BLI, new_state = verbs.conv(
-    x_BLI, kernel, bias_D=bias_I, segments_BL=segments, state_BKD=state_BKI
+    x_BLI, kernel, bias_D=bias_I, segments_BL=segments, state_BKD=state_BKI, axis=axis
   )
   return nn.silu(y_BLI), new_state
 

@@ -40,7 +40,7 @@ class Collective:
     kind: one of KINDS.
     num_bytes: of the array that is gathered, reduced or sent, whole: the result of an
       all-gather, what goes into the others.
-    group_size: devices that take part together; 1 if the text does not say.
+    group_size: devices that take part together; 2 of those that send to one other.
     times: how often it runs.
   """
 
@@ -64,6 +64,9 @@ def find(text: str) -> list[Collective]:
 
   Args:
     text: `compiled.as_text()`.
+
+  Raises:
+    ValueError: it is written in a form that is not known here.
   """
   computations, entry = _computations(text)
 
@@ -174,8 +177,10 @@ def _group_size(line: str) -> int:
   iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
   if iota:
     return int(iota[2])
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] {([^}]*)}", line)
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*{([^}]*)}", line)
   if named:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-  return 1
+  if "source_target_pairs=" in line:
+    return 2
+  raise ValueError(f"how many devices take part in this is not known: {line[:300]}")

@@ -6,6 +6,9 @@ combination are those of its parts, one after the other. A table is pairs of a l
 axis and a mesh axis, the preferred ones first; in each array a mesh axis is used once,
 by the first pair that names one of its dimensions and divides it (the convention of
 t5x). What no pair names is replicated.
+
+The rows of a batch are "batch"; after the last layer they are "rows_out", and split
+over stages, too, none of which would have anything else to do there.
 """
 
 import dataclasses
@@ -179,8 +182,19 @@ def find(name: str) -> Preset:
       len(both) < 2, f"preset {name!r}: {' and '.join(both)} exclude each other"
     )
   if len(parts) == 1:
-    return PRESETS[name]
-  return _combined(name, [PRESETS[part] for part in sorted(parts, key=_ORDER.index)])
+    return _with_rows_out(PRESETS[name])
+  combined = _combined(
+    name, [PRESETS[part] for part in sorted(parts, key=_ORDER.index)]
+  )
+  return _with_rows_out(combined)
+
+
+def _with_rows_out(preset: Preset) -> Preset:
+  # Stages last: what is one block of rows without them is cut into smaller ones.
+  axes = [axis for logical, axis in preset.activations if logical == "batch"]
+  axes += [axis for axis in preset.axes if axis == "stage"]
+  added = tuple(("rows_out", axis) for axis in axes)
+  return dataclasses.replace(preset, activations=preset.activations + added)
 
 
 def _combined(name: str, parts: list[Preset]) -> Preset:

@@ -21,6 +21,8 @@ from effjax.parallel import rules as rules_lib
 
 # Arrays up to this size may be replicated where they do not divide (scales, norms).
 SMALL_BYTES = 1 << 20
+# Mesh axes that split what a layer computes, and not only what devices hold.
+_SPLIT_WORK = ("tensor", "expert")
 
 
 def tree_shardings(
@@ -80,8 +82,9 @@ def check_not_replicated(
   """Fails where a large array would be replicated although the preset splits it.
 
   A preset like "fsdp" splits every array. Of the others an array counts that has an
-  axis which the preset splits, but does not divide: heads, hidden units, experts. Key
-  heads may be replicated, since there are more queries (see `replicated_keys`).
+  axis which the preset splits, but does not divide: heads, hidden units, experts; a
+  matrix of these counts however small it is, since every device would compute all of
+  it. Key heads may be replicated, since there are more queries (see `replicated_keys`).
 
   Args:
     mesh: the mesh.
@@ -100,22 +103,41 @@ def check_not_replicated(
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
     name, spec = spec_at(path, flat_specs)
-    if _num_bytes(leaf) <= SMALL_BYTES:
-      continue
     if replicate and re.search(replicate, name):
       continue
     held = {axis for entry in sharding.spec for axis in _names(entry)}
     for axis in dict.fromkeys(pair[1] for pair in table):
       wanted = [logical for logical, over in table if over == axis]
-      own = [] if spec is None else [a for a in spec.all_axes if a in wanted]
+      own = [] if spec is None else _remaining_axes(spec, tuple(leaf.shape))
+      own = [a for a in own if a in wanted]
       own = [a for a in own if a not in ("kv", "layers")]
       if mesh.shape[axis] == 1 or axis in held or not (own or axis in splits_all):
+        continue
+      computed = axis in _SPLIT_WORK and spec.kind == "matrix" and own != ["vocab"]
+      if _num_bytes(leaf) <= SMALL_BYTES and not computed:
         continue
       raise errors.InputError(
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
         f"({_num_bytes(leaf)} bytes) would be whole on each of the "
         f"{mesh.shape[axis]} devices along {axis!r}, which preset {preset!r} splits it "
         f"over: {_nearest(spec, own, mesh.shape[axis])}, or name it in mesh.replicate"
+      )
+
+
+def check_used(mesh: Mesh, preset: str, specs: Mapping[str, Any]) -> None:
+  """Fails where the devices along a mesh axis would all hold and do the same.
+
+  Raises:
+    InputError: the preset splits nothing of this model along one of its axes.
+  """
+  chosen = rules_lib.find(preset)
+  known = {axis for spec in tree_lib.flatten(specs).values() for axis in spec.all_axes}
+  for axis in _SPLIT_WORK:
+    wanted = [logical for logical, over in chosen.params if over == axis]
+    if mesh.shape[axis] > 1 and not known & set(wanted):
+      raise errors.InputError(
+        f"preset {preset!r} splits {', '.join(wanted)} over the {mesh.shape[axis]} "
+        f"devices along {axis!r}, and the model has none; choose another preset"
       )
 
 

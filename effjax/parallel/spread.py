@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import errors
 from effjax.core import shard as shard_lib
+from effjax.parallel import grouping, pipeline, rules, sharding
 from effjax.parallel import mesh as mesh_lib
-from effjax.parallel import rules, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,41 @@ class Spread:
       self.config.replicate,
     )
 
+  def check_used(self, specs: Mapping[str, Any]) -> None:
+    """Raises InputError where devices would all do the same; see sharding."""
+    sharding.check_used(self.mesh, self.config.preset, specs)
+
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
     """While open, models that are traced are split as the preset says."""
-    with shard_lib.use_rules(self.mesh, self.preset.activations):
+    with (
+      shard_lib.use_rules(self.mesh, self.preset.activations),
+      pipeline.use_schedule(self.schedule()),
+    ):
       yield
+
+  def schedule(self) -> pipeline.Schedule | None:
+    """Of a pipeline over more than one stage; None without.
+
+    Raises:
+      InputError: too few micro-batches to go around.
+    """
+    num_stages = self.mesh.shape[grouping.AXIS]
+    if num_stages == 1:
+      return None
+    micro_batches = self.config.micro_batches or num_stages
+    return pipeline.Schedule(num_stages, micro_batches, self.config.repeats)
+
+  @property
+  def batch_axes(self) -> tuple[str, ...]:
+    """Mesh axes of more than one device that the rows of a batch are split over."""
+    axes = [name for axis, name in self.preset.activations if axis == "batch"]
+    return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
   @property
   def batch_ways(self) -> int:
     """Parts that the rows of a batch are split into."""
-    axes = {name for axis, name in self.preset.activations if axis == "batch"}
-    return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=np.int64))
+    return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
   def share(self) -> tuple[int, int]:
     """`(index, count)`: the share of each global batch that this process reads.
@@ -120,7 +145,7 @@ class Spread:
     if num_rows % self.batch_ways:
       raise errors.InputError(
         f"a batch of {num_rows} sequences does not divide among {self.batch_ways} "
-        f"devices; make it a multiple of {self.batch_ways}"
+        f"devices; make it a multiple of {self.batch_ways}, or use fewer devices"
       )
     spec = self._rows(num_rows, rows.ndim, rows.shape[1:])
     if count == 1 and jax.process_count() == 1:
@@ -160,9 +185,11 @@ def make(mesh_config: mesh_lib.MeshConfig) -> Spread:
   """The spread of a config over the devices at hand.
 
   Raises:
-    InputError: see mesh.make.
+    InputError: see mesh.make and pipeline.Schedule.
   """
-  return Spread(mesh_lib.make(mesh_config), mesh_config)
+  spread = Spread(mesh_lib.make(mesh_config), mesh_config)
+  spread.schedule()  # Raises what it would raise later, while a step is compiled.
+  return spread
 
 
 def over(preset: str = "dp", **fields: Any) -> Spread:

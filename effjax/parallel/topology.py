@@ -9,6 +9,7 @@ import math
 import os
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -59,6 +60,24 @@ def devices(name: str) -> list[Any]:
       f"libtpu knows no topology {name!r} ({reason}); {generation} has chips along "
       f"{'two axes, like 4x4' if generation in ('v5e', 'v6e') else 'three, like 2x2x4'}"
     ) from None
+
+
+def compiled(lowered: jax.stages.Lowered, countable: bool = False) -> Any:
+  """A program for the chips of a topology.
+
+  It is not kept in the compilation cache: JAX cannot read such programs back.
+
+  Args:
+    lowered: for shardings over `devices`.
+    countable: compiles so that what is sent can be counted (see COUNTABLE).
+  """
+  least = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, least)
+  jax.config.update(least, float("inf"))
+  try:
+    return lowered.compile(compiler_options=COUNTABLE if countable else None)
+  finally:
+    jax.config.update(least, before)
 
 
 def spread(name: str, mesh_config: mesh_lib.MeshConfig) -> spread_lib.Spread:

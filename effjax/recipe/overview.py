@@ -15,6 +15,7 @@ from effjax.nn.mlps import moe
 from effjax.ops.attention import api as attention_ops
 from effjax.ops.moe import grouped
 from effjax.recipe import plan as plan_lib
+from effjax.recipe import sharing
 
 # A training step costs a forward pass and, for gradients, about two more.
 _PASSES = 3
@@ -24,11 +25,12 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
   """Plain JSON values about a plan.
 
   Returns:
-    `config` (resolved), `mesh`, `parameters` (path, shape, kind, axes, sharding,
-    num_params each), `stages` (what each holds), `num_params`, `flops_per_token`
-    (forward, at the training length) and `train_flops_per_token`, and `attention`
-    (mixer, layers, implementation, because) and `experts` (layers, dispatch, product,
-    because), for training on the device at hand.
+    `config` (resolved), `mesh`, `notes` on it (see sharing.notes), `parameters` (path,
+    shape, kind, axes, sharding, num_params each), `stages` (what each holds),
+    `num_params`, `flops_per_token` (forward, at the training length) and
+    `train_flops_per_token`, and `attention` (mixer, layers, implementation, because)
+    and `experts` (layers, dispatch, product, because), for training on the device at
+    hand.
 
   Raises:
     InputError: a layer names an implementation of attention that cannot do it.
@@ -42,6 +44,7 @@ def describe(plan: plan_lib.Plan) -> dict[str, Any]:
   return {
     "config": core_config.to_dict(config),
     "mesh": _mesh(plan.spread.mesh),
+    "notes": sharing.notes(plan),
     "parameters": [
       {
         "path": path,

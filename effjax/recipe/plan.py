@@ -27,8 +27,9 @@ from effjax.optim import sparsity
 from effjax.parallel import spread as spread_lib
 from effjax.recipe import config as config_lib
 from effjax.recipe import rewinding
-from effjax.train import adapters, masks
+from effjax.train import adapters, lowering, masks
 from effjax.train import state as state_lib
+from effjax.train.losses import base as losses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,8 @@ def make(config: config_lib.Config) -> Plan:
       else:
         made = _outcome(plan, stage, start)
       plan.shardings(made.params, made.specs)
+      if stage.technique == config_lib.TRAIN and spread.mesh.size > 1:
+        _check_step(plan, stage, start, None if teacher is None else outcomes[teacher])
     outcomes.append(made)
   return dataclasses.replace(plan, outcomes=tuple(outcomes))
 
@@ -172,6 +175,30 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
   )
   specs = compress.specs_of(start.model, model, start.specs)
   return Outcome(model=model, specs=specs, params=params)
+
+
+def _check_step(
+  plan: Plan, stage: config_lib.StageConfig, start: Outcome, teacher: Outcome | None
+) -> None:
+  """Raises InputError if the devices cannot share the steps of a training."""
+  options = stage.build_options()
+  data, model = plan.config.data, start.model
+  if teacher is not None:
+    teacher = losses.Teacher(teacher.model, teacher.params)
+  training = lowering.Training(
+    model=model.clone(precision=options.precision),
+    params=start.params,
+    specs=start.specs,
+    paths=adapters.trained(start.params, start.specs, stage.build_where()),
+    teacher=teacher,
+  )
+  lowering.check(
+    training,
+    plan.spread,
+    options,
+    batch_size=options.batch_size or data.batch_size,
+    length=options.sequence_length or data.sequence_length,
+  )
 
 
 def _rewound(start: Outcome, to: Outcome) -> Outcome:

@@ -85,6 +85,8 @@ def run(
     questions.examples()  # What cannot be fetched shows now.
   if hosts.several():
     session_lib.say(sharing.describe(plan))
+  for line in sharing.notes(plan):
+    session_lib.say(line)
   with folder.opened(root, plain, changes, fresh), _stoppable():
     session = session_lib.Session(plan=plan, data=data, root=root, profile=profile)
     _note_environment(session)

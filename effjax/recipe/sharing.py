@@ -6,7 +6,7 @@ import jax
 
 from effjax.core import config as core_config
 from effjax.core import errors
-from effjax.parallel import hosts, own
+from effjax.parallel import hosts, own, sharding
 from effjax.recipe import config as config_lib
 from effjax.recipe import folder
 from effjax.recipe import plan as plan_lib
@@ -33,18 +33,12 @@ def check(plan: plan_lib.Plan, last: int) -> None:
   """
   _check_processes(plan)
   _, num_shares = plan.spread.share()
-  ways = plan.spread.batch_ways
   for i, stage in enumerate(plan.config.stages[: last + 1]):
     if stage.technique != config_lib.TRAIN:
       continue
     options = stage.build_options()
     size = options.batch_size or plan.config.data.batch_size
     where = f"config.stages[{i}] ({stage.name})"
-    core_config.require(
-      size % ways == 0,
-      f"{where}: a batch of {size} sequences does not divide among {ways} devices; "
-      f"make data.batch_size, or the stage's own, a multiple of {ways}",
-    )
     core_config.require(
       size // num_shares % options.micro_batches == 0,
       f"{where}: each of {num_shares} processes reads {size // num_shares} of the "
@@ -103,6 +97,19 @@ def describe(plan: plan_lib.Plan) -> str:
     f"mesh {mesh or 'of one device'} ({plan.config.mesh.preset}); {num_shares} "
     f"different shares of a batch are read by {jax.process_count()} processes"
   )
+
+
+def notes(plan: plan_lib.Plan) -> list[str]:
+  """What of the model is whole on devices that split the rest of it, in words."""
+  spread, shardings = plan.spread, plan.shardings(plan.fresh)
+  paths = sharding.replicated_keys(spread.mesh, plan.specs, shardings)
+  if not paths:
+    return []
+  more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+  return [
+    f"key heads are whole on each of the {spread.mesh.shape['tensor']} devices along "
+    f"'tensor', which do not divide them: {paths[0]}{more}"
+  ]
 
 
 def _check_processes(plan: plan_lib.Plan) -> None:

@@ -1,43 +1,111 @@
 """The train step of a model for devices that need not be there, from shapes alone."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from effjax.core import config as config_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.optim import config as optim_config
 from effjax.parallel import spread as spread_lib
 from effjax.train import config as train_config
+from effjax.train import masks
 from effjax.train import state as state_lib
 from effjax.train import step as step_lib
+from effjax.train.losses import base
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+  """What a training needs to know of what it trains; arrays may be shapes.
+
+  Attributes:
+    model: the model.
+    params: its parameters.
+    specs: tree of its ParamSpecs.
+    paths: which of them train.
+    teacher: what the loss learns from, if it needs one.
+  """
+
+  model: Any
+  params: Mapping[str, Any]
+  specs: Mapping[str, Any]
+  paths: frozenset[str]
+  teacher: base.Teacher | None = None
+
+
+def of_model(model: Any) -> Training:
+  """All parameters of a model, freshly initialized."""
+  specs = specs_lib.specs(model)
+  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
+  paths = frozenset(tree_lib.flatten(shapes))
+  return Training(model=model, params=shapes, specs=specs, paths=paths)
 
 
 def lower(
-  model: Any,
+  training: Training,
   spread: spread_lib.Spread,
   config: train_config.TrainConfig,
   *,
   batch_size: int,
   length: int,
 ) -> jax.stages.Lowered:
-  """The step that `loop.train` would run on every parameter, ready to be compiled.
+  """The step that `loop.train` would run, ready to be compiled.
 
   Args:
-    model: the model.
+    training: what is trained.
     spread: the devices (see also topology.spread), and what lies where.
-    config: of the training; its optimizer, micro-batches, loss and precision count.
+    config: its optimizer, micro-batches, loss and precision count.
     batch_size: sequences of a batch, over all devices.
     length: tokens of each.
 
   Raises:
-    InputError: the model or the batch do not fit the devices.
+    InputError: see `check`.
   """
-  specs = specs_lib.specs(model)
-  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
-  paths = frozenset(tree_lib.flatten(shapes))
+  step, state = _step(training, spread, config)
+  return step.fn.lower(state, step.fixed, step.shapes(batch_size, length))
+
+
+def check(
+  training: Training,
+  spread: spread_lib.Spread,
+  config: train_config.TrainConfig,
+  *,
+  batch_size: int,
+  length: int,
+) -> None:
+  """Traces the step, so that what devices cannot share shows before anything is made.
+
+  Args:
+    training, spread, config, batch_size, length: see `lower`.
+
+  Raises:
+    InputError: a large array would be replicated, or rows, tokens, layers, heads or
+      experts do not divide, or the model cannot be split so.
+  """
+  parts = config.micro_batches * spread.batch_ways
+  config_lib.require(
+    batch_size % parts == 0,
+    f"a batch of {batch_size} sequences does not divide into micro_batches="
+    f"{config.micro_batches} for {spread.batch_ways} devices along "
+    f"{', '.join(spread.batch_axes) or 'none'}; make batch_size a multiple of {parts}, "
+    "or use fewer devices (mesh.num_devices)",
+  )
+  step, state = _step(training, spread, config)
+  jax.eval_shape(step.fn, state, step.fixed, step.shapes(batch_size, length))
+
+
+def _step(
+  training: Training, spread: spread_lib.Spread, config: train_config.TrainConfig
+) -> tuple[step_lib.Step, state_lib.TrainState]:
+  """The step and its first state, of shapes."""
+  model, specs, paths = training.model, training.specs, training.paths
   tx, lr_fn = optim_config.build(config.optimizer, specs, config.num_steps)
-  laid = state_lib.lay_out(model, shapes, specs, paths, tx, spread)
+  plain = jax.eval_shape(lambda p: masks.take_out(p, paths)[0], dict(training.params))
+  laid = state_lib.lay_out(model, plain, specs, paths, tx, spread)
   state, frozen = laid.abstract()
   step = step_lib.make(
     model,
@@ -50,5 +118,6 @@ def lower(
     spread=spread,
     micro_batches=config.micro_batches,
     policy=config.precision,
+    teacher=training.teacher,
   )
-  return step.lower(state, batch_size, length)
+  return step, state

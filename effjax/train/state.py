@@ -108,6 +108,7 @@ def lay_out(
     InputError: the selection cannot be trained, or a large array would be replicated
       although the preset splits it.
   """
+  spread.check_used(specs)
   placed = spread.params(specs, params)
   trainable, frozen = split(params, paths)
   trainable_shardings, frozen_shardings = partition.partition(placed, paths)

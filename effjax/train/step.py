@@ -75,21 +75,13 @@ class Step:
       placed[name] = self.spread.put(rows)
     return placed
 
-  def lower(
-    self, state: state_lib.TrainState, batch_size: int, length: int
-  ) -> jax.stages.Lowered:
-    """The step for the mesh, not compiled, from shapes (see `Laid.abstract`).
-
-    Args:
-      state: the state, of ShapeDtypeStructs with shardings.
-      batch_size, length: of the batches, over all processes.
-    """
+  def shapes(self, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `put` makes of a batch of text, `[batch_size, length]` in all processes."""
     kinds = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
-    batch = {
+    return {
       name: self.spread.abstract((batch_size, length), dtype)
       for name, dtype in (kinds | {"weights": jnp.float32}).items()
     }
-    return self.fn.lower(state, self.fixed, batch)
 
   def num_compilations(self) -> int:
     """How often the step was compiled so far; more than once is a mistake."""

@@ -54,8 +54,8 @@ def place(command, tmp_workdir, monkeypatch):
     ("model.vocab_size=100", "smaller than the 257"),
     ("data.corpus=stdlibb", "did you mean 'stdlib'?"),
     ("data.options={'paths':('/not/here.txt',)}", "/not/here.txt"),
-    ("mesh.preset=dpp", "did you mean 'dp'?"),
-    ("mesh.shape.data=3", "takes 3 devices"),
+    ("mesh.preset=fspd", "did you mean 'fsdp'?"),
+    ("mesh.shape.data=16", "takes 16 devices"),
   ],
 )
 def test_config_mistakes(place, capsys, override, message):

@@ -43,6 +43,8 @@ _MODELS = {
   "mamba2": {"pattern": ("mamba2",), "mlp": "none"},
   "hybrid": {"pattern": ("mamba2", "attention"), "mlp": "swiglu"},
 }
+NAMES = tuple(_MODELS)
+WITH_EXPERTS = ("moe", "dropless")
 
 
 def config(name, **changes):

@@ -61,6 +61,8 @@ TPU_TEXT = textwrap.dedent("""
     %w = (s32[], bf16[2,64]{1,0}) while(%t), condition=%condition, body=%body
     %pp = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
     %rs = f32[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add
+    %hs = f32[4]{0} all-reduce(%x), replica_groups=mesh['axis_0'=1,'axis_1'=4,\
+  'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, use_global_device_ids=true
     ROOT %aa = f32[4]{0} all-to-all(%x), replica_groups=[4,2]<=[8]
   }
 """)
@@ -71,11 +73,19 @@ def test_forms_of_the_tpu_compiler():
   assert [(one.kind, one.num_bytes, one.group_size, one.times) for one in found] == [
     ("reduce-scatter", 2 * (512 * 1024 + 64), 4, 5),
     ("all-gather", 2 * 512, 8, 5),
-    ("collective-permute", 16, 1, 1),
+    ("collective-permute", 16, 2, 1),
     ("reduce-scatter", 64, 4, 1),
+    ("all-reduce", 16, 4, 1),
     ("all-to-all", 16, 2, 1),
   ]
   assert found[2].wire_bytes == 16
+
+
+def test_a_form_that_is_not_known_is_no_guess():
+  with pytest.raises(ValueError, match="how many devices take part"):
+    collectives.find(
+      "ENTRY %m (x: f32[4]) -> f32[4] {\n  %a = f32[4]{0} all-reduce(%x)"
+    )
 
 
 def test_topologies_that_cannot_be(monkeypatch):

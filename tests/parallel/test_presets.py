@@ -22,6 +22,9 @@ SHAPES = {
   "fsdp+ring": {"fsdp": 2, "context": 4},
   "fsdp+ulysses": {"context": 4},
   "ring+ep": {"expert": 2, "context": 4},
+  "pp": {"stage": 4},
+  "pp+fsdp": {"stage": 4, "fsdp": 2},
+  "pp+zero1": {"stage": 2},
   "fsdp+tp": {"tensor": 2},
   "hsdp+tp": {"data": 2, "tensor": 2},
   "zero1+tp": {"tensor": 2},
@@ -32,8 +35,8 @@ SHAPES = {
 }
 
 
-def over(preset):
-  return spread_lib.over(preset, shape=SHAPES[preset])
+def over(preset, **fields):
+  return spread_lib.over(preset, shape=SHAPES[preset], **fields)
 
 
 def held(spread, tree):
@@ -89,14 +92,27 @@ def test_dense_models_of_split_sequences(preset):
   models.check(over(preset), "dense")
 
 
-@pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp"])
+@pytest.mark.parametrize("preset", ["fsdp", "tp", "fsdp+tp", "ring", "fsdp+ring"])
 def test_mamba2(preset):
   models.check(over(preset), "mamba2")
 
 
-@pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp"])
+@pytest.mark.parametrize("preset", ["zero2", "tp", "hsdp", "ring+tp", "fsdp+ulysses"])
 def test_hybrids(preset):
   models.check(over(preset), "hybrid")
+
+
+@pytest.mark.parametrize("preset", ["pp", "pp+fsdp", "pp+zero1"])
+def test_pipelines(preset):
+  spread = over(preset)
+  state = models.check(spread, "dense")
+  stages, rest = spread.mesh.shape["stage"], spread.mesh.shape["fsdp"]
+  layers = state.params["run_0"]
+  assert held(spread, layers) == whole(layers) / stages / rest
+  _, adam = state.opt_state
+  ways = stages * (spread.mesh.shape["data"] if preset == "pp+zero1" else rest)
+  moments = adam[0].mu["run_0"]
+  assert held(spread, moments) == whole(moments) / ways
 
 
 @pytest.mark.parametrize(
@@ -126,3 +142,21 @@ def test_what_a_batch_cannot_be_divided_into():
   step, _ = models.start(over("dp"), *models.model("dense"))
   with pytest.raises(ValueError, match="make it a multiple of 8"):
     step.put({"inputs": np.zeros((6, 32), np.int32)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SHAPES)
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_preset(name, preset):
+  if "ep" in preset.split("+") and name not in models.WITH_EXPERTS:
+    pytest.skip("the model has no experts")
+  models.check(over(preset), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "preset", [name for name in SHAPES if "ep" not in name.split("+")]
+)
+@pytest.mark.parametrize("kind", models.LEAVES)
+def test_compressed_leaves_under_every_preset(kind, preset):
+  models.check(over(preset), "dense", kind)

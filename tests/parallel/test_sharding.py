@@ -146,3 +146,23 @@ def test_key_heads_that_do_not_divide_are_replicated_and_reported():
   )
   with pytest.raises(errors.InputError, match=r"its 4 'heads' do not divide by 8 \(8"):
     _check("tp", queries, shape)
+
+
+def test_matrices_count_however_small_where_devices_split_the_work():
+  small = jax.ShapeDtypeStruct((64, 12), jnp.float32)
+  spec = specs.ParamSpec(axes=("embed", "mlp"), kind="matrix", shape=small.shape)
+  with pytest.raises(
+    errors.InputError, match=r"its 12 'mlp' do not divide by 8 \(8 or"
+  ):
+    _check("tp", spec, small)
+  _check("fsdp", spec, small)
+  words = specs.ParamSpec(axes=("embed", "vocab"), kind="matrix", shape=small.shape)
+  _check("tp", words, small)
+
+
+def test_a_preset_that_splits_nothing_of_a_model_is_refused():
+  spread = spread_lib.over("ep+fsdp", shape={"fsdp": 2})
+  with pytest.raises(errors.InputError, match="over the 4 devices along 'expert', and"):
+    spread.check_used({"w": MATRIX})
+  experts = specs.ParamSpec(axes=("experts", "embed", "mlp"), kind="matrix")
+  spread.check_used({"w": experts})

@@ -52,9 +52,13 @@ def sent(preset, mlp="swiglu", **shape):
     precision=precision.PrecisionConfig(compute="bfloat16"),
   )
   lowered = lowering.lower(
-    decoder.Decoder(cfg), spread, config, batch_size=BATCH, length=LENGTH
+    lowering.of_model(decoder.Decoder(cfg)),
+    spread,
+    config,
+    batch_size=BATCH,
+    length=LENGTH,
   )
-  text = lowered.compile(compiler_options=topology.COUNTABLE).as_text()
+  text = topology.compiled(lowered, countable=True).as_text()
   found = {}
   for one in collectives.find(text):
     if one.num_bytes > SMALL:
@@ -105,3 +109,38 @@ def test_tokens_go_to_experts_and_back():
   # There and back, forward and backward.
   assert found["all-to-all"] == [(rows, LAYERS)] * 4
   assert "all-gather" not in found
+
+
+def test_keys_go_around_the_ring_and_their_gradients_behind_them():
+  found = sent("ring")
+  steps = 7 * LAYERS  # From each of eight devices to all others.
+  slices = BATCH * LENGTH // 8 * HEADS * HEAD
+  times = lambda num_bytes: sum(
+    n for b, n in found["collective-permute"] if b == num_bytes
+  )
+  # Keys and values forward and again backward; halves change places besides.
+  assert times(slices * BF16) >= 2 * 2 * steps
+  assert times(slices * FP32) == 2 * steps
+  # Every device has all weights and some of the tokens.
+  assert found["all-reduce"][0] == (MATRICES * BF16, LAYERS)
+  assert found.keys() == {"collective-permute", "all-reduce"}
+
+
+def test_ulysses_exchanges_lengths_and_heads():
+  found = sent("ulysses")
+  slices = BATCH * LENGTH // 8 * HEADS * HEAD
+  # Queries, keys and values there and the result back, and their gradients.
+  assert found["all-to-all"] == [(slices * BF16, LAYERS)] * 8
+  assert found["all-reduce"][0] == (MATRICES * BF16, LAYERS)
+  assert found.keys() == {"all-to-all", "all-reduce"}
+
+
+def test_stages_hand_on_micro_batches():
+  found = sent("dp+pp", stage=2)
+  rows = BATCH // 2 // 4 * LENGTH * WIDTH * BF16  # Of one of two micro-batches.
+  steps = 2 + 2 - 1
+  assert found["collective-permute"] == [(rows, steps)] * 2
+  # The last stage's results to those that have their rows at the head, and back.
+  assert found["all-to-all"] == [(2 * rows, 1)] * 2
+  # Each of four replicas has one of the two layers.
+  assert (MATRICES * BF16, 1) in found["all-reduce"]

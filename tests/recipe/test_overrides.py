@@ -33,7 +33,7 @@ def _config():
       lambda c: c["stages"][0]["options"],
       {"bits": 3},
     ),
-    ("--config.mesh.shape=(1, 8, 1)", lambda c: c["mesh"]["shape"], (1, 8, 1)),
+    ("--config.mesh.shape.fsdp=8", lambda c: c["mesh"]["shape"], {"fsdp": 8}),
     ("--config.train.name=a=b", lambda c: c["train"]["name"], "a=b"),
   ],
 )

@@ -8,10 +8,11 @@ from effjax.core import errors, tree
 from effjax.models import decoder
 from effjax.recipe import config as config_lib
 from effjax.recipe import plan as plan_lib
+from effjax.recipe import sharing
 from effjax.weights.leaves import masked, quantized
 
 
-def _config(stages, mesh=None):
+def _config(stages, mesh=None, attention=None):
   return core_config.build(
     config_lib.Config,
     {
@@ -25,7 +26,7 @@ def _config(stages, mesh=None):
         "vocab_size": 257,
         "embed_dim": 32,
         "num_layers": 2,
-        "mixer_options": {"attention": {"num_heads": 2, "head_dim": 16}},
+        "mixer_options": {"attention": attention or {"num_heads": 2, "head_dim": 16}},
         "max_len": 256,
       },
       "mesh": mesh or {"num_devices": 1},
@@ -139,3 +140,11 @@ def test_what_cannot_be_made_sparse_shows_before_anything_runs(first, section, m
   with pytest.raises(errors.InputError, match=message) as caught:
     plan_lib.make(_config(stages))
   assert str(caught.value).startswith("config.stages[1] (sparse): ")
+
+
+def test_key_heads_that_do_not_divide_are_noted():
+  mqa = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+  plan = lambda mesh: plan_lib.make(_config((_TRAIN,), mesh, mqa))
+  assert sharing.notes(plan(None)) == []
+  (line,) = sharing.notes(plan({"preset": "tp", "num_devices": 2}))
+  assert line.startswith("key heads are whole on each of the 2 devices along 'tensor'")

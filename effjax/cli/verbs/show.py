@@ -37,6 +37,8 @@ def main(args: argparse.Namespace) -> None:
   print("\nparameters")
   _print_table(found["parameters"])
   print(f"\nstages, on a mesh of {found['mesh']}")
+  for line in found["notes"]:
+    print(f"  {line}")
   _print_table(found["stages"])
   if found["attention"]:
     print("\nattention in training, on the device at hand")

@@ -11,6 +11,8 @@ import functools
 
 import jax
 
+from effjax.core import shard
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def contract(x: jax.Array, w: jax.Array, transpose: bool = False) -> jax.Array:
@@ -35,10 +37,13 @@ def _forward(x, w, transpose):
 
 def _backward(transpose, residuals, dy):
   x, w = residuals
-  # One axis of tokens: XLA would transpose an operand to contract two axes.
-  x_TD, dy_TF = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
-  pair = (dy_TF, x_TD) if transpose else (x_TD, dy_TF)
-  dw = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())))
+  pair = (dy, x) if transpose else (x, dy)
+  # One axis of tokens: XLA would transpose an operand to contract two axes. But rows
+  # whose tokens lie on several devices cannot be joined without gathering them.
+  if not shard.split_over("length"):
+    pair = tuple(a.reshape(-1, a.shape[-1]) for a in pair)
+  tokens = tuple(range(pair[0].ndim - 1))
+  dw = jax.lax.dot_general(*pair, ((tokens, tokens), ((), ())))
   return _product(dy, w, 0 if transpose else 1), dw
 
 

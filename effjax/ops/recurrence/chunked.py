@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.config import require
-from effjax.ops.recurrence import dual
+from effjax.ops.recurrence import across_devices, dual
 from effjax.ops.recurrence import segments as segment_ops
 
 DEFAULT_CHUNK = 64
@@ -29,6 +29,7 @@ def ssd(
   segments_BL: jax.Array | None = None,
   initial_state_BHPN: jax.Array | None = None,
   chunk: int = DEFAULT_CHUNK,
+  over: across_devices.Over = (),
 ) -> tuple[jax.Array, jax.Array]:
   """h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T and y_t = h_t c_t, chunk by chunk.
 
@@ -48,6 +49,8 @@ def ssd(
       the segment of the first token that is no padding.
     chunk: tokens a chunk, any number; changes speed and memory only. Measured on two
       CPU cores, 64 is best or equal for P = 64 and N = 32 to 64.
+    over: mesh axes, if these are slices of sequences that are split over devices; each
+      slice then starts from its own initial state plus what the ones before hand on.
 
   Returns:
     y_BLHP in the dtype of x and the float32 state after the last token, `[B, H, P, N]`.
@@ -65,7 +68,7 @@ def ssd(
   document_BL = None
   if segments_BL is not None:
     dt_BLH = jnp.where(segments_BL[..., None] != 0, dt_BLH, 0.0)
-    document_BL = segment_ops.documents(segments_BL)
+    document_BL = segment_ops.documents(segments_BL, over)
   dtype = x_BLHP.dtype
   if initial_state_BHPN is None:
     state_BGNM = jnp.zeros(
@@ -82,6 +85,7 @@ def ssd(
     _split(c_BLGN.astype(dtype), chunk).swapaxes(2, 3),
     None if document_BL is None else _split(document_BL, chunk, mode="edge"),
     state_BGNM,
+    over,
   )
   y_BLHP = y_BZCHP.reshape(num_rows, -1, num_heads, head_dim)[:, :length]
   return y_BLHP, _split_state(state_BGNM, num_heads)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.config import require
-from effjax.ops.recurrence import carry, halving, layout
+from effjax.ops.recurrence import across_devices, carry, halving, layout
 from effjax.ops.recurrence import segments as segment_ops
 
 DEFAULT_CHUNK = 64
@@ -40,6 +40,7 @@ def delta_rule(
   segments_BL: jax.Array | None = None,
   initial_state_BHKV: jax.Array | None = None,
   chunk: int = DEFAULT_CHUNK,
+  over: across_devices.Over = (),
 ) -> tuple[jax.Array, jax.Array]:
   """The delta rule, gated or not; one token by `step`, more by `chunked`.
 
@@ -55,6 +56,8 @@ def delta_rule(
     initial_state_BHKV: state before the first token, zeros by default; it belongs to
       the segment of the first token that is no padding.
     chunk: tokens a chunk, rounded up to a power of two; changes speed and memory only.
+    over: mesh axes, if these are slices of sequences that are split over devices; each
+      slice then starts from its own initial state plus what the ones before hand on.
 
   Returns:
     o_BLHV in the dtype of v and the float32 state after the last token, `[B, H, K, V]`.
@@ -76,13 +79,13 @@ def delta_rule(
     shape = (num_rows, num_heads, k_BLGK.shape[-1], value_dim)
     initial_state_BHKV = jnp.zeros(shape, jnp.float32)
   state_BHKV = initial_state_BHKV.astype(jnp.float32)
-  if q_BLGK.shape[1] == 1:
+  if q_BLGK.shape[1] == 1 and not over:
     tokens = (z[:, 0] for z in (q_BLGK, k_BLGK, v_BLHV, beta_BLH))
     g_BH = None if g_BLH is None else g_BLH[:, 0]
     o_BHV, state_BHKV = step(*tokens, g_BH, state_BHKV)
     return o_BHV[:, None], state_BHKV
   return chunked(
-    q_BLGK, k_BLGK, v_BLHV, beta_BLH, g_BLH, segments_BL, state_BHKV, chunk
+    q_BLGK, k_BLGK, v_BLHV, beta_BLH, g_BLH, segments_BL, state_BHKV, chunk, over
   )
 
 
@@ -95,6 +98,7 @@ def chunked(
   segments_BL: jax.Array | None,
   state_BHKV: jax.Array,
   chunk: int,
+  over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array]:
   """The form by products over chunks; `delta_rule` has masked beta and g at padding."""
   length, dtype = q_BLGK.shape[1], v_BLHV.dtype
@@ -107,7 +111,7 @@ def chunked(
   g_BHZC = None
   if g_BLH is not None:
     g_BHZC = layout.split(g_BLH[..., None], tokens)[..., 0]
-  within, start, end, across = _decays(g_BHZC, segments_BL, tokens)
+  within, start, end, across = _decays(g_BHZC, segments_BL, tokens, over)
 
   # Scores belong to key heads, decays and corrections to value heads.
   each = lambda z: jnp.repeat(z, per_key, axis=1) if per_key > 1 else z
@@ -127,6 +131,7 @@ def chunked(
     (k_BHZCK * end[..., None]).astype(dtype),
     jnp.broadcast_to(across, v_BHZCV.shape[:3]),
     state_BHKV,
+    over,
   )
   o_BHZCV = layout.product(mix_BHZCC, new_BHZCV, -1, -2)
   started_BHZCK = (q_BHZCK * start[..., None]).astype(dtype)
@@ -135,7 +140,10 @@ def chunked(
 
 
 def _decays(
-  g_BHZC: jax.Array | None, segments_BL: jax.Array | None, tokens: int
+  g_BHZC: jax.Array | None,
+  segments_BL: jax.Array | None,
+  tokens: int,
+  over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """From token to token, from the chunk's start, to its end and over all of it.
 
@@ -149,7 +157,7 @@ def _decays(
   else:
     within, start, end, across = halving.decay_matrix(g_BHZC)
   if segments_BL is not None:
-    bounds = layout.boundaries(segment_ops.documents(segments_BL), tokens)
+    bounds = layout.boundaries(segment_ops.documents(segments_BL, over), tokens)
     within = jnp.where(bounds.same_BZCC[:, None], within, 0.0)
     start = jnp.where(bounds.carried_BZC[:, None], start, 0.0)
     end = jnp.where(bounds.kept_BZC[:, None], end, 0.0)

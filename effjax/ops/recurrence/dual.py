@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effjax.ops.recurrence import decay
+from effjax.ops.recurrence import across_devices, decay
 
 Residuals = tuple[jax.Array | None, ...]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def ssd(
   x_BZCHP: jax.Array,
   dt_BZCH: jax.Array,
@@ -38,6 +38,7 @@ def ssd(
   c_BZGCN: jax.Array,
   document_BZC: jax.Array | None,
   state_BGNM: jax.Array,
+  over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array]:
   """`chunked.ssd` on chunks.
 
@@ -46,12 +47,13 @@ def ssd(
     dt_BZCH, a_H: float32 step sizes, 0 at padding, and negative decay rates.
     document_BZC: what `segments.documents` gives, or None for one document a row.
     state_BGNM: float32 state before the first chunk.
+    over: mesh axes, if these are the chunks of a slice.
 
   Returns:
     y_BZCHP in the dtype of x and the float32 state after the last chunk.
   """
   args = (x_BZCHP, dt_BZCH, a_H, b_BZGCN, c_BZGCN, document_BZC, state_BGNM)
-  return _forward(*args)[0]
+  return _forward(*args, over)[0]
 
 
 def _forward(
@@ -62,6 +64,7 @@ def _forward(
   c_BZGCN: jax.Array,
   document_BZC: jax.Array | None,
   state_BGNM: jax.Array,
+  over: across_devices.Over,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
   dtype, num_heads = x_BZCHP.dtype, x_BZCHP.shape[3]
   num_groups = b_BZGCN.shape[2]
@@ -74,7 +77,7 @@ def _forward(
   kept_BZCHP = x_BZCHP * (dt_BZCH * decays.to_end_BZCH)[..., None]
   added_BZGNM = _product(b_BZGCN, _merge(kept_BZCHP, num_groups, dtype), -2, -2)
   across_BZGM = _across(decays.across_BZH, added_BZGNM.shape)
-  before_BZGNM, state_BGNM = _scan(across_BZGM, added_BZGNM, state_BGNM)
+  before_BZGNM, state_BGNM = _scan(across_BZGM, added_BZGNM, state_BGNM, over)
   carried_BZGCM = _product(c_BZGCN, before_BZGNM.astype(dtype), -1, -2)
   carried_BZCHP = _unmerge(carried_BZGCM, num_heads)
 
@@ -86,7 +89,9 @@ def _forward(
 
 
 def _backward(
-  residuals: Residuals, cotangents: tuple[jax.Array, jax.Array]
+  over: across_devices.Over,
+  residuals: Residuals,
+  cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, ...]:
   """Gradients of all arguments; d before a name is the gradient of what it names."""
   x_BZCHP, dt_BZCH, a_H, b_BZGCN, c_BZGCN, document_BZC, *states = residuals
@@ -102,7 +107,9 @@ def _backward(
   dc_BZGCN = _product(dcarried_BZGCM, before_BZGNM.astype(dtype), -1, -1)
   asked_BZGNM = _product(c_BZGCN, dcarried_BZGCM, -2, -2)
   across_BZGM = _across(decays.across_BZH, asked_BZGNM.shape)
-  dafter_BZGNM, dstate_BGNM = _scan(across_BZGM, asked_BZGNM, dstate_BGNM, reverse=True)
+  dafter_BZGNM, dstate_BGNM = _scan(
+    across_BZGM, asked_BZGNM, dstate_BGNM, over, reverse=True
+  )
 
   # Through the state after the chunk.
   kept_scale_BZCH = dt_BZCH * decays.to_end_BZCH
@@ -235,6 +242,7 @@ def _scan(
   across_BZGM: jax.Array,
   added_BZGNM: jax.Array,
   state_BGNM: jax.Array,
+  over: across_devices.Over,
   *,
   reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -260,4 +268,7 @@ def _scan(
   chunks = jnp.arange(shape_BZGNM[1])
   carry = (state_BGNM, jnp.zeros_like(added_BZGNM))
   (state, met), _ = lax.scan(body, carry, chunks, reverse=reverse)
+  if over:
+    across = across_BZGM[..., None, :]
+    met, state = across_devices.joined(met, state, across, 1, over, reverse=reverse)
   return met.reshape(shape_BZGNM), state.reshape(shape_BZGNM[:1] + shape_BZGNM[2:])

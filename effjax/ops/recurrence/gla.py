@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.config import require
-from effjax.ops.recurrence import carry, halving, layout
+from effjax.ops.recurrence import across_devices, carry, halving, layout
 from effjax.ops.recurrence import segments as segment_ops
 
 DEFAULT_CHUNK = 64
@@ -32,6 +32,7 @@ def gla(
   segments_BL: jax.Array | None = None,
   initial_state_BHKV: jax.Array | None = None,
   chunk: int = DEFAULT_CHUNK,
+  over: across_devices.Over = (),
 ) -> tuple[jax.Array, jax.Array]:
   """Gated linear attention; one token by `step`, more by `chunked`.
 
@@ -44,6 +45,8 @@ def gla(
     initial_state_BHKV: state before the first token, zeros by default; it belongs to
       the segment of the first token that is no padding.
     chunk: tokens a chunk, rounded up to a power of two; changes speed and memory only.
+    over: mesh axes, if these are slices of sequences that are split over devices; each
+      slice then starts from its own initial state plus what the ones before hand on.
 
   Returns:
     o_BLHV in the dtype of v and the float32 state after the last token, `[B, H, K, V]`.
@@ -63,11 +66,11 @@ def gla(
     shape = (num_rows, num_heads, key_dim, v_BLHV.shape[-1])
     initial_state_BHKV = jnp.zeros(shape, jnp.float32)
   state_BHKV = initial_state_BHKV.astype(jnp.float32)
-  if q_BLHK.shape[1] == 1:
+  if q_BLHK.shape[1] == 1 and not over:
     tokens = (z[:, 0] for z in (q_BLHK, k_BLHK, v_BLHV, g_BLHK))
     o_BHV, state_BHKV = step(*tokens, state_BHKV)
     return o_BHV[:, None], state_BHKV
-  return chunked(q_BLHK, k_BLHK, v_BLHV, g_BLHK, segments_BL, state_BHKV, chunk)
+  return chunked(q_BLHK, k_BLHK, v_BLHV, g_BLHK, segments_BL, state_BHKV, chunk, over)
 
 
 def chunked(
@@ -78,6 +81,7 @@ def chunked(
   segments_BL: jax.Array | None,
   state_BHKV: jax.Array,
   chunk: int,
+  over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array]:
   """The form by products over chunks; `gla` has masked g and k at padding."""
   length, dtype = q_BLHK.shape[1], v_BLHV.dtype
@@ -91,13 +95,13 @@ def chunked(
     q_BHZCK, k_BHZCK, jnp.exp(g_BHZCK), dtype
   )
   if segments_BL is not None:
-    bounds = layout.boundaries(segment_ops.documents(segments_BL), tokens)
+    bounds = layout.boundaries(segment_ops.documents(segments_BL, over), tokens)
     mix_BHZCC = jnp.where(bounds.same_BZCC[:, None], mix_BHZCC, 0.0)
     q_BHZCK = jnp.where(bounds.carried_BZC[:, None, ..., None], q_BHZCK, 0.0)
     k_BHZCK = jnp.where(bounds.kept_BZC[:, None, ..., None], k_BHZCK, 0.0)
     across_BHZK = jnp.where(bounds.crossed_BZ[:, None, :, None], across_BHZK, 0.0)
   added_BHZKV = layout.product(k_BHZCK, v_BHZCV, -2, -2)
-  before_BHZKV, state_BHKV = carry.linear(across_BHZK, added_BHZKV, state_BHKV)
+  before_BHZKV, state_BHKV = carry.linear(across_BHZK, added_BHZKV, state_BHKV, over)
   o_BHZCV = layout.product(mix_BHZCC, v_BHZCV, -1, -2)
   o_BHZCV += layout.product(q_BHZCK.astype(dtype), before_BHZKV, -1, -2)
   return layout.join(o_BHZCV.astype(dtype), length), state_BHKV

@@ -8,15 +8,20 @@
 | `s4d`            | 1      | `step.s4d_step`            | reads the state once       |
 | `s4d`            | more   | `s4d.s4d`                  | products of whole chunks   |
 
-The length is static, so the choice costs nothing at run time.
+The length is static, so the choice costs nothing at run time. Where active rules split
+the sequence over devices, each works on its slice of the tokens and of the channels,
+and states go from device to device (`recurrence.across_devices`).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core import counting
+from effjax.ops.recurrence import across_devices
 from effjax.ops.ssm import s4d as s4d_ops
-from effjax.ops.ssm import selective, selective_triton, step
+from effjax.ops.ssm import selective, selective_slices, selective_triton, step
 
 selective_step = step.selective_step
 s4d_step = step.s4d_step
@@ -41,20 +46,27 @@ def selective_scan(
   Raises:
     InputError: shapes that do not fit, or a chunk below 1.
   """
+  selective.check_shapes(x_BLI, dt_BLI, a_NI, b_BLN, c_BLN, initial_state_BNI)
   if x_BLI.shape[1] != 1:
     on_gpu = jax.default_backend() == "gpu" and not counting.active()
     scan = selective_triton.selective_scan if on_gpu else selective.selective_scan
-    return scan(
-      x_BLI,
-      dt_BLI,
-      a_NI,
-      b_BLN,
-      c_BLN,
-      segments_BL=segments_BL,
-      initial_state_BNI=initial_state_BNI,
-      chunk=chunk,
+    return across_devices.run(
+      functools.partial(
+        selective_slices.selective_scan, scan=functools.partial(scan, chunk=chunk)
+      ),
+      {
+        "x_BLI": x_BLI,
+        "dt_BLI": dt_BLI,
+        "a_NI": a_NI,
+        "b_BLN": b_BLN,
+        "c_BLN": c_BLN,
+        "segments_BL": segments_BL,
+        "initial_state_BNI": initial_state_BNI,
+      },
+      ("BLI", "BNI"),
+      {"B": "batch", "L": "length", "I": "inner"},
+      state="initial_state_BNI",
     )
-  selective.check_shapes(x_BLI, dt_BLI, a_NI, b_BLN, c_BLN, initial_state_BNI)
   dt_BI = dt_BLI[:, 0]
   if segments_BL is not None:
     dt_BI = jnp.where(segments_BL != 0, dt_BI, 0)
@@ -84,17 +96,22 @@ def s4d(
   Raises:
     InputError: shapes that do not fit, or a chunk below 1.
   """
-  if x_BLI.shape[1] != 1:
-    return s4d_ops.s4d(
-      x_BLI,
-      dt_I,
-      a_2NI,
-      c_2NI,
-      segments_BL=segments_BL,
-      initial_state_B2NI=initial_state_B2NI,
-      chunk=chunk,
-    )
   s4d_ops.check_shapes(x_BLI, dt_I, a_2NI, c_2NI, initial_state_B2NI)
+  if x_BLI.shape[1] != 1:
+    return across_devices.run(
+      functools.partial(s4d_ops.s4d, chunk=chunk),
+      {
+        "x_BLI": x_BLI,
+        "dt_I": dt_I,
+        "a_2NI": a_2NI,
+        "c_2NI": c_2NI,
+        "segments_BL": segments_BL,
+        "initial_state_B2NI": initial_state_B2NI,
+      },
+      ("BLI", "B2NI"),
+      {"B": "batch", "L": "length", "I": "embed_act"},
+      state="initial_state_B2NI",
+    )
   if initial_state_B2NI is None:
     initial_state_B2NI = jnp.zeros((x_BLI.shape[0], *a_2NI.shape), jnp.float32)
   y_BI, new_B2NI = s4d_step(x_BLI[:, 0], dt_I, a_2NI, c_2NI, initial_state_B2NI)

@@ -21,7 +21,6 @@ channels, N conjugate pairs of each, R = 2N real numbers of its state.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,13 +28,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.core.config import require
+from effjax.ops.recurrence import across_devices
 from effjax.ops.recurrence import segments as segment_ops
+from effjax.ops.ssm import pairs
 
 DEFAULT_CHUNK = 32
 # Where documents meet, the cost inside a chunk grows with its length.
 PACKED_CHUNK = 16
 
-Pair = tuple[jax.Array, jax.Array]
+Pair = pairs.Pair
 
 
 class Tables(NamedTuple):
@@ -63,6 +64,7 @@ def s4d(
   segments_BL: jax.Array | None = None,
   initial_state_B2NI: jax.Array | None = None,
   chunk: int = DEFAULT_CHUNK,
+  over: across_devices.Over = (),
 ) -> tuple[jax.Array, jax.Array]:
   """h_t = Ab h_{t-1} + Bb x_t and y_t = 2 Re(C . h_t), in every channel.
 
@@ -87,6 +89,8 @@ def s4d(
     initial_state_B2NI: state before the first token, zeros by default; it belongs to
       the segment of the first token.
     chunk: tokens a chunk, any number; changes speed and memory only.
+    over: mesh axes, if these are slices of sequences that are split over devices; each
+      slice then starts from its own initial state plus what the ones before hand on.
 
   Returns:
     y_BLI in the dtype of x and the float32 state after the last token, `[B, 2, N, I]`.
@@ -101,17 +105,20 @@ def s4d(
   if initial_state_B2NI is None:
     initial_state_B2NI = jnp.zeros((num_rows, *a_2NI.shape))
   arrays = (x_BLI, dt_I, a_2NI, c_2NI, initial_state_B2NI.astype(jnp.float32))
-  whole = functools.partial(_chunked, chunk=min(chunk, length))
+  whole = functools.partial(_chunked, chunk=min(chunk, length), over=over)
   if segments_BL is None:
     last_B = jnp.full((num_rows,), length - 1)
     return whole(*arrays, last_B, None)
 
   x_BLI = jnp.where(segments_BL[..., None] != 0, x_BLI, 0)
   index_BL = jnp.where(segments_BL != 0, jnp.arange(length)[None], -1)
-  document_BL = segment_ops.documents(segments_BL)
-  packed = functools.partial(_chunked, chunk=min(chunk, PACKED_CHUNK, length))
+  document_BL = segment_ops.documents(segments_BL, over)
+  packed = functools.partial(
+    _chunked, chunk=min(chunk, PACKED_CHUNK, length), over=over
+  )
+  several = jnp.any(document_BL > 0)
   return lax.cond(
-    jnp.any(document_BL > 0),
+    across_devices.anywhere(several) if over else several,
     # Computed again for the gradient: both branches would keep what they need, and the
     # one not taken as much as the other.
     jax.checkpoint(packed),
@@ -150,12 +157,12 @@ def discretize(dt_I: jax.Array, a_2NI: jax.Array) -> tuple[Pair, Pair]:
   rounding would remain.
   """
   exponent_2NI = dt_I[None, None, :] * a_2NI
-  ab = _exp(exponent_2NI)
+  ab = pairs.exp(exponent_2NI)
   real_NI, imag_NI = exponent_2NI
   less_one_NI = jnp.expm1(real_NI) * jnp.cos(imag_NI) - 2 * jnp.sin(imag_NI / 2) ** 2
   square_NI = jnp.sum(a_2NI**2, axis=0)
   inverse = a_2NI[0] / square_NI, -a_2NI[1] / square_NI
-  return ab, _multiply((less_one_NI, ab[1]), inverse)
+  return ab, pairs.multiply((less_one_NI, ab[1]), inverse)
 
 
 def _chunked(
@@ -168,6 +175,7 @@ def _chunked(
   document_BL: jax.Array | None,
   *,
   chunk: int,
+  over: across_devices.Over,
 ) -> tuple[jax.Array, jax.Array]:
   """`s4d`; last_B is the last token of each row, -1 in a row without any."""
   num_rows, length, channels = x_BLI.shape
@@ -189,6 +197,12 @@ def _chunked(
   added_IBZR = added_IMR.reshape(channels, num_rows, num_chunks, -1)
   state_IBR = jnp.moveaxis(state_B2NI.reshape(num_rows, -1, channels), 2, 0)
   before_IBZR = _states(added_IBZR, tables.powers, keep_ZB, state_IBR)
+  final_B2NI = _state_after(last_B, tables, x_BZCI, before_IBZR, document_BZC)
+  final_B2NI = jnp.where(last_B[:, None, None, None] >= 0, final_B2NI, state_B2NI)
+  if over:
+    before_IBZR, final_B2NI = _joined(
+      before_IBZR, final_B2NI, last_B, tables.powers, document_BZC, over
+    )
   before_IMR = before_IBZR.reshape(added_IMR.shape).astype(x_BLI.dtype)
   y_IMC = _product(before_IMR, tables.read_ICR.swapaxes(1, 2))
   if document_BZC is None:
@@ -200,19 +214,16 @@ def _chunked(
     y_BZCI = jnp.where(reads_BZC[..., None], y_BZCI, 0)
     y_BZCI += _lags(x_BZCI, tables.kernel_IC, document_BZC)
   y_BLI = y_BZCI.reshape(num_rows, -1, channels)[:, :length]
-
-  final_B2NI = _state_after(last_B, tables, x_BZCI, before_IBZR, document_BZC)
-  final_B2NI = jnp.where(last_B[:, None, None, None] >= 0, final_B2NI, state_B2NI)
   return y_BLI.astype(x_BLI.dtype), final_B2NI
 
 
 def _tables(dt_I: jax.Array, a_2NI: jax.Array, c_2NI: jax.Array, chunk: int) -> Tables:
-  ab, bb = (_each(jnp.transpose, z) for z in discretize(dt_I, a_2NI))
+  ab, bb = (pairs.each(jnp.transpose, z) for z in discretize(dt_I, a_2NI))
   one = jnp.ones_like(ab[0]), jnp.zeros_like(ab[0])
-  powers = _geometric(one, ab, chunk + 1)
-  fed_ICR = jnp.concatenate(_geometric(bb, ab, chunk), axis=-1)
+  powers = pairs.geometric(one, ab, chunk + 1)
+  fed_ICR = jnp.concatenate(pairs.geometric(bb, ab, chunk), axis=-1)
   c = 2 * c_2NI[0].T[:, None], 2 * c_2NI[1].T[:, None]
-  read = _multiply(_each(lambda z: z[:, 1:], powers), c)
+  read = pairs.multiply(pairs.each(lambda z: z[:, 1:], powers), c)
   kernel_IC = jnp.einsum(
     "icr,ir->ic",
     fed_ICR,
@@ -227,27 +238,16 @@ def _tables(dt_I: jax.Array, a_2NI: jax.Array, c_2NI: jax.Array, chunk: int) -> 
   )
 
 
-def _geometric(first: Pair, ratio: Pair, count: int) -> Pair:
-  """First, first * ratio, ... of `[I, N]`: a pair of `[I, count, N]`.
-
-  A loop, because in one expression XLA's CPU compiler would take the exponentials and
-  sines in both arguments again for every power.
-  """
-  body = lambda z, _: (_multiply(z, ratio), z)
-  _, powers = lax.scan(body, first, None, length=count)
-  return _each(lambda z: jnp.moveaxis(z, 0, 1), powers)
-
-
 def _states(
   added_IBZR: jax.Array, powers: Pair, keep_ZB: jax.Array, state_IBR: jax.Array
 ) -> jax.Array:
   """The state before each chunk, of the inputs' size."""
-  decay = _each(lambda z: z[:, -1:], powers)
+  decay = pairs.each(lambda z: z[:, -1:], powers)
 
   def body(h_IBR, inputs):
     added_IBR, keep_B = inputs
     kept_IBR = jnp.where(keep_B[None, :, None] > 0, h_IBR, 0.0)
-    decayed = _multiply(jnp.split(kept_IBR, 2, axis=-1), decay)
+    decayed = pairs.multiply(jnp.split(kept_IBR, 2, axis=-1), decay)
     return jnp.concatenate(decayed, axis=-1) + added_IBR, h_IBR
 
   added_ZIBR = jnp.moveaxis(added_IBZR, 2, 0)
@@ -314,9 +314,47 @@ def _state_after(
   added_BIR = jnp.einsum("bci,icr->bir", x_BCI, tables.feed_ICR)
   added_B2NI = added_BIR.reshape(num_rows, channels, 2, -1).transpose(0, 2, 3, 1)
   before_B2NI = before_BIR.reshape(num_rows, channels, 2, -1).transpose(0, 2, 3, 1)
-  decay = _each(lambda z: z[:, place_B + 1].transpose(1, 2, 0), tables.powers)
-  decayed = _multiply((before_B2NI[:, 0], before_B2NI[:, 1]), decay)
+  decay = pairs.each(lambda z: z[:, place_B + 1].transpose(1, 2, 0), tables.powers)
+  decayed = pairs.multiply((before_B2NI[:, 0], before_B2NI[:, 1]), decay)
   return jnp.stack(decayed, axis=1) + added_B2NI
+
+
+def _joined(
+  before_IBZR: jax.Array,
+  final_B2NI: jax.Array,
+  last_B: jax.Array,
+  powers: Pair,
+  document_BZC: jax.Array | None,
+  over: across_devices.Over,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds what the slices before hand on to the states of a slice.
+
+  What arrives is Ab^t times as much t tokens later, up to where a document starts.
+  """
+  num_rows, num_chunks = before_IBZR.shape[1:3]
+  start, chunk = (pairs.each(lambda z, i=i: z[:, i], powers) for i in (0, -1))
+  across = pairs.geometric(start, chunk, num_chunks + 1)
+  z_B, rest_B = jnp.divmod(last_B + 1, powers[0].shape[1] - 1)
+  over_chunks = pairs.each(lambda z: z[:, z_B], across)
+  rest = pairs.each(lambda z: z[:, rest_B], powers)
+  decay_2IBN = jnp.stack(pairs.multiply(over_chunks, rest))
+  reached_BZ = jnp.ones((num_rows, num_chunks), bool)
+  if document_BZC is not None:
+    document_BL = document_BZC.reshape(num_rows, -1)
+    last_B1 = jnp.maximum(last_B, 0)[:, None]
+    kept_B1 = jnp.take_along_axis(document_BL, last_B1, axis=1) == 0
+    decay_2IBN = jnp.where(kept_B1[None, None], decay_2IBN, 0.0)
+    reached_BZ = jnp.pad(document_BZC[:, :-1, -1], ((0, 0), (1, 0))) == 0
+
+  times = lambda a, b: jnp.stack(pairs.multiply(a, b))
+  final_2IBN = final_B2NI.transpose(1, 3, 0, 2)
+  state_2IBN = across_devices.arriving(decay_2IBN, final_2IBN, over, times=times)
+  met = pairs.multiply(
+    pairs.each(lambda z: z[:, None, :-1], across), state_2IBN[:, :, :, None]
+  )
+  met_IBZR = jnp.where(reached_BZ[None, ..., None], jnp.concatenate(met, axis=-1), 0.0)
+  final_2IBN += times(decay_2IBN, state_2IBN)
+  return before_IBZR + met_IBZR, final_2IBN.transpose(2, 0, 3, 1)
 
 
 def _split(z_BLs: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
@@ -343,17 +381,3 @@ def _product(a_IMs: jax.Array, b_Ist: jax.Array) -> jax.Array:
     (((2,), (1,)), ((0,), (0,))),
     preferred_element_type=jnp.float32,
   )
-
-
-def _exp(z: jax.Array) -> Pair:
-  """The exponential of complex numbers, given with their parts stacked on axis 0."""
-  size = jnp.exp(z[0])
-  return size * jnp.cos(z[1]), size * jnp.sin(z[1])
-
-
-def _multiply(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Pair:
-  return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
-
-
-def _each(fn: Callable[[jax.Array], jax.Array], pair: Pair) -> Pair:
-  return fn(pair[0]), fn(pair[1])

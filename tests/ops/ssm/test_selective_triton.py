@@ -1,12 +1,17 @@
 """The GPU's selective scan, interpreted, against the form of every other platform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.core import errors
-from effjax.ops.ssm import selective, selective_triton
+from effjax.core import errors, shard
+from effjax.ops.recurrence import across_devices
+from effjax.ops.ssm import selective, selective_slices, selective_triton
+from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import rules
 
 B, L, I, N = 2, 70, 20, 5
 
@@ -51,6 +56,32 @@ def test_equals_the_loops_in_outputs_and_gradients(packed):
 
   kernel = run(selective_triton.selective_scan, interpret=True)
   loops = run(selective.selective_scan)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), kernel, loops
+  )
+
+
+def test_starts_on_each_device_from_what_arrives():
+  segments_BL = _segments()
+
+  def run(scan):
+    def loss(*args):
+      names = ("x_BLI", "dt_BLI", "a_NI", "b_BLN", "c_BLN", "initial_state_BNI")
+      y_BLI, end_BNI = across_devices.run(
+        functools.partial(selective_slices.selective_scan, scan=scan),
+        dict(zip(names, args, strict=True)) | {"segments_BL": segments_BL},
+        ("BLI", "BNI"),
+        {"L": "length"},
+        state="initial_state_BNI",
+      )
+      return jnp.sum(jnp.where((segments_BL != 0)[..., None], y_BLI, 0)), end_BNI
+
+    return jax.jit(jax.grad(loss, argnums=range(6), has_aux=True))(*_inputs())
+
+  loops = run(selective.selective_scan)
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(preset="ring", num_devices=2))
+  with shard.use_rules(mesh, rules.find("ring").activations):
+    kernel = run(functools.partial(selective_triton.selective_scan, interpret=True))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), kernel, loops
   )
