@@ -8,14 +8,17 @@ Where only answers are scored there are no bytes; the accuracy takes their place
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from effjax.core import errors
 from effjax.core import shard as shard_lib
+from effjax.models import stack
+from effjax.parallel import pipeline
 from effjax.parallel import spread as spread_lib
 
 
@@ -70,9 +73,8 @@ def evaluate(
   """
   total, num_tokens, num_right = 0.0, 0, 0
   answers = eval_set.num_bytes is None
-  put, split = jnp.asarray, None
-  if spread is not None:
-    put, split = spread.put_all, (spread.mesh, spread.preset.activations)
+  put = jnp.asarray if spread is None else spread.put_all
+  split = None if spread is None else _split(spread, model, batch_size)
   for batch in eval_set.batches(batch_size):
     pause()
     arrays = {name: put(value) for name, value in batch.items()}
@@ -110,27 +112,49 @@ def summarize(
   }
 
 
+class _Split(NamedTuple):
+  """What a model is split by: all that a program depends on."""
+
+  mesh: Mesh
+  rules: shard_lib.Rules
+  schedule: pipeline.Schedule | None
+
+
+def _split(spread: spread_lib.Spread, model: Any, num_rows: int) -> _Split:
+  """As in training, but without a pipeline that rows or layers do not divide into."""
+  schedule = spread.schedule()
+  if schedule is not None:
+    fits = num_rows % (schedule.micro_batches * spread.batch_ways) == 0
+    try:
+      stack.piped_runs(schedule, model.runs)
+    except errors.InputError:
+      fits = False
+    schedule = schedule if fits else None
+  return _Split(spread.mesh, spread.preset.activations, schedule)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "answers", "split"))
 def _scores(
   model: Any,
   params: Mapping[str, Any],
   batch: Mapping[str, jax.Array],
   answers: bool,
-  split: tuple[jax.sharding.Mesh, shard_lib.Rules] | None = None,
+  split: _Split | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Of each target its negative log-likelihood, in nats, `[B, L]` float32.
 
-  With `answers` also whether it has the highest logit, `[B, L]` bool. With `split`,
-  mesh and rules of the activations, both are whole on every device.
+  With `answers` also whether it has the highest logit, `[B, L]` bool. With `split` both
+  are whole on every device.
   """
-  # What is compiled depends on the rules, so they are an argument.
-  with shard_lib.use_rules(*(split or (None,))):
-    scores = _compare(model, params, batch, answers)
   if split is None:
-    return scores
-  return jax.lax.with_sharding_constraint(
-    scores, NamedSharding(split[0], PartitionSpec())
-  )
+    return _compare(model, params, batch, answers)
+  with (
+    shard_lib.use_rules(split.mesh, split.rules),
+    pipeline.use_schedule(split.schedule),
+  ):
+    scores = _compare(model, params, batch, answers)
+  whole = NamedSharding(split.mesh, PartitionSpec())
+  return jax.lax.with_sharding_constraint(scores, whole)
 
 
 def _compare(

@@ -74,7 +74,7 @@ def run(
   last = _last(config, until)
   root = workdir or files.default_workdir(reference)
   plain = core_config.to_dict(config)
-  sharing.check(plan, last)
+  sharing.check(plan)
   hosts.told("look at the run folder", lambda: folder.check(root, plain, fresh))
   sharing.check_transforms(plan, root, last)
   environment.keep_compiled()

@@ -20,32 +20,35 @@ _IN_PARTS = (
 )
 
 
-def check(plan: plan_lib.Plan, last: int) -> None:
-  """Checks that the batches of trainings divide, and that all processes do the same.
+def check(plan: plan_lib.Plan) -> None:
+  """Checks that all processes have a device, rows to read, and the same config.
 
-  Args:
-    plan: what is to be done.
-    last: number of the last stage to run.
+  That batches divide among devices is checked with the plan.
 
   Raises:
-    InputError: a batch cannot be shared, a process has no device, or processes were
+    InputError: a process has no device or an uneven share of a batch, or processes were
       started with different configs.
   """
-  _check_processes(plan)
-  _, num_shares = plan.spread.share()
-  for i, stage in enumerate(plan.config.stages[: last + 1]):
-    if stage.technique != config_lib.TRAIN:
-      continue
-    options = stage.build_options()
-    size = options.batch_size or plan.config.data.batch_size
-    where = f"config.stages[{i}] ({stage.name})"
-    core_config.require(
-      size // num_shares % options.micro_batches == 0,
-      f"{where}: each of {num_shares} processes reads {size // num_shares} of the "
-      f"{size} sequences of a batch, which do not divide into "
-      f"micro_batches={options.micro_batches}; make the batch a multiple of "
-      f"{num_shares * options.micro_batches}",
-    )
+  plan.spread.share()
+  if not hosts.several():
+    return
+  present = {device.process_index for device in plan.spread.mesh.devices.flat}
+  idle = sorted(set(range(jax.process_count())) - present)
+  core_config.require(
+    not idle,
+    f"mesh.num_devices={plan.spread.mesh.size} leaves process "
+    f"{', '.join(map(str, idle))} without a device; use them all, or start fewer "
+    "processes",
+  )
+  mine = core_config.to_dict(plan.config)
+  theirs = hosts.told("say its config", lambda: mine)
+  found = core_config.differences(theirs, mine)
+  core_config.require(
+    not found,
+    f"process {jax.process_index()} has another config than process 0: "
+    f"{'; '.join(found[:3])}; start all of them with the same command and files",
+  )
+  hosts.meet("all processes to agree on the config")
 
 
 def check_transforms(plan: plan_lib.Plan, root: pathlib.Path, last: int) -> None:
@@ -110,25 +113,3 @@ def notes(plan: plan_lib.Plan) -> list[str]:
     f"key heads are whole on each of the {spread.mesh.shape['tensor']} devices along "
     f"'tensor', which do not divide them: {paths[0]}{more}"
   ]
-
-
-def _check_processes(plan: plan_lib.Plan) -> None:
-  if not hosts.several():
-    return
-  present = {device.process_index for device in plan.spread.mesh.devices.flat}
-  idle = sorted(set(range(jax.process_count())) - present)
-  core_config.require(
-    not idle,
-    f"mesh.num_devices={plan.spread.mesh.size} leaves process "
-    f"{', '.join(map(str, idle))} without a device; use them all, or start fewer "
-    "processes",
-  )
-  mine = core_config.to_dict(plan.config)
-  theirs = hosts.told("say its config", lambda: mine)
-  found = core_config.differences(theirs, mine)
-  core_config.require(
-    not found,
-    f"process {jax.process_index()} has another config than process 0: "
-    f"{'; '.join(found[:3])}; start all of them with the same command and files",
-  )
-  hosts.meet("all processes to agree on the config")
