@@ -48,7 +48,7 @@ _AGREED = (errors.StoppedError, errors.DivergedError)
 class Watch:
   """Watches the other processes while it is open; use as a context manager."""
 
-  def __init__(self, names: tuple[str, ...], heartbeat_secs: float):
+  def __init__(self, names: tuple[str, ...], heartbeat_secs: int):
     """Prepares to watch.
 
     Args:
@@ -128,7 +128,8 @@ class Watch:
     try:
       self._client.wait_at_barrier(f"effjax/watch/{self._process}", _FOREVER_MS)
     except jax.errors.JaxRuntimeError as error:
-      self._mourn(obituary(str(error), self.name, self._heartbeat_secs))
+      said = obituary(str(error), self._process, self.name, self._heartbeat_secs)
+      self._mourn(said)
 
   def _await_coordinator(self) -> None:
     if self._process == 0:
@@ -170,19 +171,25 @@ class Watch:
       os._exit(code)
 
 
-def obituary(message: str, name: Callable[[int], str], heartbeat_secs: float) -> str:
+def obituary(
+  message: str, me: int, name: Callable[[int], str], heartbeat_secs: int
+) -> str:
   """Who died, from what the coordination service says.
 
   Args:
     message: of the error that a barrier failed with.
+    me: number of this process.
     name: a process in words.
     heartbeat_secs: how long the service waits for a heartbeat.
   """
-  silent = re.findall(r"Task (\d+) heartbeat timeout", message)
+  silent = {int(n) for n in re.findall(r"Task (\d+) heartbeat timeout", message)}
+  missing = f"no heartbeat for {heartbeat_secs} s"
+  if silent == {me}:
+    return f"{name(me)} was stopped for a while, or cut off: {missing}"
   if silent:
+    who = " and ".join(name(n) for n in sorted(silent - {me}))
     return (
-      f"{name(int(silent[0]))} is dead or cut off: no heartbeat for "
-      f"{heartbeat_secs:.0f} s"
+      f"{who} {'is' if len(silent - {me}) == 1 else 'are'} dead or cut off: {missing}"
     )
   left = re.findall(r"task disconnected.*Task: (\d+)", message, re.DOTALL)
   if left:

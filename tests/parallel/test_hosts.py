@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 
+from effjax.parallel import watch
 from tests import processes
 
 _MEMBER = """
@@ -167,6 +168,21 @@ def test_a_dead_process_is_named_and_ends_all(start, count, dead):
     assert line.startswith(f"effjax: error: process {dead} ("), line
     assert f"pid {pids[dead]}" in line and "is dead or cut off" in line
     assert "the same command resumes" in line
+
+
+def test_who_died_in_words():
+  """Messages as the coordination service of jaxlib 0.10.2 writes them."""
+  say = lambda message, me=0: watch.obituary(message, me, "process {}".format, 30)
+  silent = "Barrier failed because: UNAVAILABLE: Task {} heartbeat timeout. This"
+  assert say(silent.format(2)) == "process 2 is dead or cut off: no heartbeat for 30 s"
+  both = silent.format(2) + silent.format(1)
+  assert say(both).startswith("process 1 and process 2 are dead or cut off")
+  assert say(both, 1).startswith("process 2 is dead or cut off")
+  assert say(silent.format(1), 1).startswith("process 1 was stopped for a while")
+  left = "Barrier failed because: task disconnected. Barrier Id: w/1::0, Task: 3\n"
+  assert say(left) == "process 3 has left the run before its end"
+  gone = "UNAVAILABLE: Failed to send RPC to coordination service."
+  assert say(gone, 1) == "process 0, the coordinator, is dead or cut off"
 
 
 def test_who_comes_too_late_is_waited_for_in_vain(start):
