@@ -48,12 +48,17 @@ def detect(
   Raises:
     InputError: there is such a cluster, but not what it takes to join it.
   """
-  for look in (_ompi, _slurm):
-    if (found := look(environ)) is not None:
+  for name in ("ompi", "slurm"):
+    if (found := started_by(name, environ)) is not None:
       return found
   if on_tpu_vm and "tpu" in environ.get("JAX_PLATFORMS", "tpu"):
     return _tpu(environ)
   return _k8s(environ, can_ask_k8s)
+
+
+def started_by(name: str, environ: Mapping[str, str]) -> Cluster | None:
+  """The cluster if "ompi" or "slurm" started this process as one of several."""
+  return {"ompi": _ompi, "slurm": _slurm}[name](environ)
 
 
 def _ompi(environ: Mapping[str, str]) -> Cluster | None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 from jax._src import cloud_tpu_init, distributed
+from jax._src import clusters as jax_clusters
 
 from effjax.core import errors
 from effjax.parallel import clusters, hosts, watch
@@ -100,6 +101,14 @@ def choose(wanted: Request, environ: Mapping[str, str]) -> clusters.Cluster | No
       num_processes=wanted.num_processes,
       process_id=wanted.process_id,
     )
+  if wanted.method in ("ompi", "slurm"):
+    found = clusters.started_by(wanted.method, environ)
+    if found is None:
+      raise errors.InputError(
+        f"--cluster={wanted.method}, but this process is not one of several that it "
+        f"started; leave it out, or give {clusters.BY_HAND}"
+      )
+    return found
   if wanted.method is not None:
     name = None if wanted.method == "k8s" else wanted.method
     return clusters.Cluster(name=wanted.method, method=name, local_devices=None)
@@ -189,6 +198,10 @@ def _connect(cluster: clusters.Cluster, wanted: Request) -> None:
     InputError: it cannot be done.
   """
   local = cluster.local_devices
+  if cluster.method in ("slurm", "ompi"):
+    cluster = dataclasses.replace(cluster, coordinator=_ask(cluster.method))
+  if cluster.process_id == 0 and cluster.coordinator is not None:
+    _check_port(cluster.coordinator)
   # JAX aborts when its own time is up: the timer comes first, and says what is wrong.
   timer = threading.Timer(wanted.timeout_secs, _give_up, (cluster, wanted))
   timer.daemon = True
@@ -205,15 +218,34 @@ def _connect(cluster: clusters.Cluster, wanted: Request) -> None:
       shutdown_timeout_seconds=wanted.heartbeat_secs,
     )
   except (RuntimeError, ValueError, OSError) as error:
-    reason = " ".join(str(error).split())
-    if "Failed to start RPC server" in reason:
-      reason = f"process 0 cannot listen at {_address(cluster)}: is the port in use?"
     raise errors.InputError(
-      f"cannot join the processes of {cluster.name}: {reason}; give "
-      f"{clusters.BY_HAND}, or --dist=off to run alone"
+      f"cannot join the processes of {cluster.name}: {' '.join(str(error).split())}; "
+      f"give {clusters.BY_HAND}, or --dist=off to run alone"
     ) from None
   finally:
     timer.cancel()
+
+
+def _ask(method: str) -> str:
+  """Where the coordinator is, as JAX reads it out of the environment."""
+  (found,) = (c for c in jax_clusters.ClusterEnv._cluster_types if c.name == method)
+  return found.get_coordinator_address(
+    timeout_secs=None, override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
+  )
+
+
+def _check_port(address: str) -> None:
+  """Raises InputError if process 0 cannot listen; JAX would try, and often crash."""
+  port = int(address.rpartition(":")[2])
+  both = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if both else socket.AF_INET
+  try:
+    socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+  except OSError as error:
+    raise errors.InputError(
+      f"process 0 ({socket.gethostname()}) cannot listen at {address}: "
+      f"{error.strerror}; is another run using the port?"
+    ) from None
 
 
 def _give_up(cluster: clusters.Cluster, wanted: Request) -> None:

@@ -156,6 +156,16 @@ def test_a_cluster_that_is_named_is_taken():
   assert launch.choose(wanted, {}).method is None
 
 
+def test_a_cluster_that_is_named_must_be_there():
+  assert (
+    launch.choose(launch.request({}, method="slurm"), _SLURM | _MPI).name == "Slurm"
+  )
+  with pytest.raises(
+    errors.InputError, match="--cluster=slurm, but this process is not"
+  ):
+    launch.choose(launch.request({}, method="slurm"), {})
+
+
 def test_flags_go_before_variables():
   made = launch.request(_BY_HAND, process_id=0, timeout_secs=5.0, mode=None)
   assert made == launch.Request(
