@@ -158,7 +158,7 @@ def test_pruned_weights_stay_exactly_zero(case, toy):
 
 def test_eight_devices_equal_one_and_state_is_laid_out_like_parameters(case, toy):
   mesh = jax.make_mesh((4, 2), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
-  table = {"embed": "a", "heads": "b", "inner": "b", "vocab": "b"}
+  table = (("embed", "a"), ("heads", "b"), ("inner", "b"), ("vocab", "b"))
   layout = lambda tree: sharding.state_shardings(mesh, table, toy.specs, tree)
   shardings = layout(case.params)
   state_shardings = layout(jax.eval_shape(case.tx.init, case.params))

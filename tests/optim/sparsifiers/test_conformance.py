@@ -80,7 +80,7 @@ def test_holes_and_masks_from_before_stay(training, name):
 def test_eight_devices_equal_one_and_masks_are_laid_out_like_parameters(training, name):
   specs = training.toy.specs
   mesh = jax.make_mesh((4, 2), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
-  table = {"embed": "a", "heads": "b", "inner": "b", "vocab": "b"}
+  table = (("embed", "a"), ("heads", "b"), ("inner", "b"), ("vocab", "b"))
   layout = lambda tree: sharding.state_shardings(mesh, table, specs, tree)
   # Not Adam: its first steps of new weights have one size, so rounding would decide.
   tx, _, _ = training.make(name, optimizer="sgd")
