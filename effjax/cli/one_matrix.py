@@ -142,7 +142,7 @@ def _leaf(method: str, w: jax.Array, stats: Any, options: Mapping[str, Any]) -> 
 def packaged() -> Problem:
   """A matrix in the middle of the packaged model, and real text before it."""
   opened = sources.open_source(MODEL)
-  params = opened.load("float32", None, "dp")
+  params = opened.load("float32")
   config = data_config.DataConfig(
     corpus="stdlib",
     tokenizer="model",

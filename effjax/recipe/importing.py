@@ -73,7 +73,7 @@ def import_model(
       return folder.read_json(target / folder.ROW)
     folder.write_json(root / "env.json", environment.describe() | found.origin)
     watch = session_lib.Stopwatch()
-    params = jax.block_until_ready(found.load(config.imported.kept_dtype, None, "dp"))
+    params = jax.block_until_ready(found.load(config.imported.kept_dtype))
     made = session_lib.Made(
       model=found.model, params=params, specs=found.specs, secs=watch.read()
     )

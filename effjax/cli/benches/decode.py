@@ -138,7 +138,7 @@ def available(
 
 def _packaged() -> _Source:
   opened = sources.open_source(MODEL)
-  params = opened.load("float32", None, "dp")
+  params = opened.load("float32")
   about = (
     f"{MODEL}: {bytes_lib.num_params(params):,} parameters; its package holds them in "
     "4 bits (Q4_1), and their values in float32 are what every row starts from: what "

@@ -108,7 +108,7 @@ def measure_one() -> None:
   jax.block_until_ready(jnp.ones(1) + 1)  # The backend is not part of the import.
   before = _resident()
   peak, start = memory.Peak(), time.perf_counter()
-  params = opened.load(None if dtype == "keep" else dtype, None, "dp")
+  params = opened.load(None if dtype == "keep" else dtype)
   jax.block_until_ready(params)
   secs, held = time.perf_counter() - start, bytes_lib.held_bytes(params)
   found = peak.read()

@@ -63,7 +63,7 @@ def test_greedy_tokens_equal_those_of_llama_cpp(name, files):
 def test_a_file_comes_back_bit_for_bit(name, files, tmp_path):
   path, _, params = files(name)
   opened = model.open_gguf(path)
-  loaded = opened.load(np.float32, None, "dp")
+  loaded = opened.load(np.float32)
   out = tmp_path / path.name
   notes = export.save(
     out,
@@ -97,7 +97,7 @@ def test_quantized_files_run_in_llama_cpp(type, tmp_path):
   assert types["output_norm.weight"] == types["blk.1.ffn_norm.weight"] == "F32"
   opened = model.open_gguf(path)
   ids = tiny.tokens()
-  ours = tiny.logits(opened.model, opened.load(np.float32, None, "dp"), ids)
+  ours = tiny.logits(opened.model, opened.load(np.float32), ids)
   with llama_cpp.Model(path) as theirs:
     difference = np.abs(theirs.logits(ids) - ours).max()
   assert difference <= 0.2 * ours.std()
@@ -113,7 +113,7 @@ def test_other_architectures_run_quantized(name, tmp_path):
   tiny.saved(path, name, "Q8_0", **changes)
   opened = model.open_gguf(path)
   ids = tiny.tokens()
-  ours = tiny.logits(opened.model, opened.load(np.float32, None, "dp"), ids)
+  ours = tiny.logits(opened.model, opened.load(np.float32), ids)
   with llama_cpp.Model(path) as theirs:
     difference = np.abs(theirs.logits(ids) - ours).max()
   assert difference <= 0.2 * ours.std()

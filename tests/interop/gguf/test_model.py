@@ -137,7 +137,7 @@ def test_a_converted_model_has_equal_logits(kind, fields, add_keys, tmp_path):
   with torch.no_grad():
     expected = theirs(torch.tensor([ids.tolist()]), use_cache=False).logits[0].numpy()
   opened = sources.open_source(tmp_path / "model.gguf")
-  found = tiny.logits(opened.model, opened.load(np.float32, None, "dp"), ids.tolist())
+  found = tiny.logits(opened.model, opened.load(np.float32), ids.tolist())
   assert opened.tokenizer is None
   assert np.abs(found - expected).max() <= 1e-4 * expected.std()
 
@@ -175,8 +175,8 @@ def test_tensors_are_decoded(file):
 
 def test_the_dtype_of_parameters_is_chosen(file):
   opened = model.open_gguf(file.path)
-  assert opened.load("bfloat16", None, "dp")["embed"]["table"].dtype == "bfloat16"
-  assert opened.load(None, None, "dp")["embed"]["table"].dtype == "float32"
+  assert opened.load("bfloat16")["embed"]["table"].dtype == "bfloat16"
+  assert opened.load(None)["embed"]["table"].dtype == "float32"
   assert opened.origin["format"] == "gguf"
   assert opened.origin["metadata"]["llama.block_count"] == 2
 
@@ -287,4 +287,4 @@ def test_states_that_grow_are_refused(tmp_path):
   tensor = writer.Tensor(name=info.name, type="F32", shape=info.shape, raw=raw)
   path = _changed(file, tmp_path / "a.gguf", tensors={info.name: tensor})
   with pytest.raises(errors.InputError, match="ssm_a has entries that are not neg"):
-    model.open_gguf(path).load(np.float32, None, "dp")
+    model.open_gguf(path).load(np.float32)
