@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from effjax.core import config, errors
 from effjax.core import tree as tree_lib
 from effjax.interop import assemble, caches
@@ -79,7 +81,9 @@ def check(
       weights_files.dtype(options.dtype)
     architecture.fitting(model.config, options.architecture)
     if not options.dense:
-      assemble.require_plain(params, "a Hugging Face folder", False)
+      # Traced: what masked parameters stand for is computed.
+      plain = lambda params: assemble.require_plain(params, "a Hugging Face folder")
+      jax.eval_shape(plain, params)
   elif options.format == "gguf":
     from effjax.interop.gguf import keys
 

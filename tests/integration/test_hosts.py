@@ -67,6 +67,7 @@ def test_two_processes_give_the_numbers_of_one(runs, one, two):
   assert names == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_in_an_evaluation(runs, two):
   """kill -9 in the training, then SIGTERM in an evaluation; the end is the same."""
   workdir, preset = "ended", "--config.mesh.preset=fsdp"

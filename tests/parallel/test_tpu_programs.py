@@ -91,6 +91,7 @@ def test_tensor_parallelism_adds_up_twice_a_layer():
   assert outside == [(activations, 1)] * 2
 
 
+@pytest.mark.slow
 def test_zero_gathers_what_it_has_updated():
   weights = LAYERS * MATRICES + HEAD_MATRIX + VOCAB * WIDTH
   first, second = sent("zero1"), sent("zero2")
@@ -126,6 +127,7 @@ def test_keys_go_around_the_ring_and_their_gradients_behind_them():
   assert found.keys() == {"collective-permute", "all-reduce"}
 
 
+@pytest.mark.slow
 def test_ulysses_exchanges_lengths_and_heads():
   found = sent("ulysses")
   slices = BATCH * LENGTH // 8 * HEADS * HEAD

@@ -74,6 +74,16 @@ def test_mistakes_show_before_anything_runs(tmp_path, options, message):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_pruned_model_is_plain_enough_for_hugging_face(tmp_path):
+  stages = (
+    {"name": "pruned", "technique": "magnitude"},
+    {"name": "exported", "technique": "export", "options": {"format": "hf"}},
+  )
+  plan = plan_lib.make(config_lib.load(tiny.write(tmp_path, stages)))
+  leaves = tree_lib.flatten(plan.outcomes[-1].params).values()
+  assert any(isinstance(leaf, masked.Masked) for leaf in leaves)
+
+
 def test_the_pipeline_is_pruned_to_half_and_ends_in_codes():
   path = str(ROOT / "configs" / "pipeline.py")
   for arg in ("", ":smoke"):
