@@ -9,7 +9,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from effjax.parallel import hlo
 
 KINDS = (
   "all-gather",
@@ -18,18 +22,8 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-
-_BYTES = {"pred": 1, "c64": 8, "c128": 16}
-_HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* {$")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.-]+ = (.*)")
-_SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d+\w*)\[([\d,]*)\]")
-_OPERATION = re.compile(r"^(\(.*?\)|\S+) ([\w-]+)\(")
-_CALLED = re.compile(
-  r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations={([^}]*)}")
-_TRIPS = re.compile(r'known_trip_count[^\d]*"?(\d+)')
 _FUSED_SCATTER = "all-reduce-scatter"
+_IOTA = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +34,20 @@ class Collective:
     kind: one of KINDS.
     num_bytes: of the array that is gathered, reduced or sent, whole: the result of an
       all-gather, what goes into the others.
-    group_size: devices that take part together; 2 of those that send to one other.
+    groups: the first of the groups of devices that take part together; of a
+      collective-permute all pairs of a sender and a receiver.
     times: how often it runs.
   """
 
   kind: str
   num_bytes: int
-  group_size: int
+  groups: tuple[tuple[int, ...], ...]
   times: int
+
+  @property
+  def group_size(self) -> int:
+    """Devices that take part together; 2 of those that send to one other."""
+    return len(self.groups[0])
 
   @property
   def wire_bytes(self) -> float:
@@ -68,16 +68,42 @@ def find(text: str) -> list[Collective]:
   Raises:
     ValueError: it is written in a form that is not known here.
   """
-  computations, entry = _computations(text)
+  program = hlo.read(text)
 
   @functools.cache
   def inside(name: str) -> tuple[Collective, ...]:
-    found = []
-    for line in computations.get(name, ()):
-      found += _of(line, computations, inside)
+    found: list[Collective] = []
+    for one in program.computations.get(name, ()):
+      direct = list(of(one, program))
+      found += direct
+      if direct:
+        continue
+      times = program.trip_count(one) if one.operation == "while" else 1
+      for called in one.called():
+        found += (dataclasses.replace(c, times=c.times * times) for c in inside(called))
     return tuple(found)
 
-  return list(inside(entry))
+  return list(inside(program.entry))
+
+
+def of(one: hlo.Instruction, program: hlo.Program) -> Iterator[Collective]:
+  """The collectives that an instruction is, or is a fusion of; not of what it loops."""
+  kind = "all-to-all" if one.kind == "ragged-all-to-all" else one.kind
+  if kind in KINDS:
+    sizes = [array.num_bytes for array in one.results]
+    groups = _groups(one.text)
+    # What starts early gives its operand and its result: of these the larger.
+    whole = max(sizes) if one.operation.endswith("-start") else sum(sizes)
+    if kind == "reduce-scatter":
+      whole *= len(groups[0])
+    yield Collective(kind, whole, groups, 1)
+    return
+  for called in one.called():
+    if called.startswith(_FUSED_SCATTER):
+      for inner in program.computations[called]:
+        if inner.operation == "all-reduce":
+          whole = sum(array.num_bytes for array in inner.results)
+          yield Collective("reduce-scatter", whole, _groups(inner.text), 1)
 
 
 def totals(found: Iterable[Collective]) -> dict[str, dict[str, int | float]]:
@@ -91,96 +117,36 @@ def totals(found: Iterable[Collective]) -> dict[str, dict[str, int | float]]:
   return table
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation by its name, and the name of the first to run."""
-  found: dict[str, list[str]] = {}
-  entry, current = "", None
-  for line in text.splitlines():
-    header = _HEADER.match(line)
-    if header:
-      current = found.setdefault(header[1], [])
-      entry = header[1] if line.startswith("ENTRY") else entry
-    elif line == "}":
-      current = None
-    elif current is not None:
-      current.append(line)
-  return found, entry
-
-
-def _of(
-  line: str, computations: Mapping[str, list[str]], inside: object
-) -> Iterator[Collective]:
-  """The collectives of one instruction, and of what it calls."""
-  matched = _INSTRUCTION.match(line)
-  operation = _OPERATION.match(matched[1]) if matched else None
-  if operation is None:
-    return
-  result, name = operation.groups()
-  kind = name.removesuffix("-start")
-  if kind in KINDS or kind == "ragged-all-to-all":
-    kind = "all-to-all" if kind == "ragged-all-to-all" else kind
-    size = _group_size(line)
-    sizes = _sizes(result)
-    # What starts early gives its operand and its result: of these the larger.
-    whole = max(sizes) if name.endswith("-start") else sum(sizes)
-    yield Collective(kind, whole * (size if kind == "reduce-scatter" else 1), size, 1)
-    return
-  called = [computation for _, computation in _CALLED.findall(line)]
-  branches = _BRANCHES.search(line)
-  if branches:
-    called += [name.strip().lstrip("%") for name in branches[1].split(",")]
-  times = _trip_count(line, computations) if name == "while" else 1
-  for computation in called:
-    if computation.startswith(_FUSED_SCATTER):
-      yield from _fused_scatter(computations[computation])
-      continue
-    for one in inside(computation):
-      yield dataclasses.replace(one, times=one.times * times)
-
-
-def _fused_scatter(lines: list[str]) -> Iterator[Collective]:
-  for line in lines:
-    if " all-reduce(" in line:
-      result = _OPERATION.match(_INSTRUCTION.match(line)[1])[1]
-      size = _group_size(line)
-      yield Collective("reduce-scatter", sum(_sizes(result)), size, 1)
-
-
-def _trip_count(line: str, computations: Mapping[str, list[str]]) -> int:
-  """How often a loop runs: said, or the constant its counter is compared with."""
-  said = _TRIPS.search(line)
-  if said:
-    return int(said[1])
-  condition = re.search(r"condition=%?([\w.-]+)", line)
-  constants = [
-    int(number)
-    for inner in computations.get(condition[1], ())
-    for number in re.findall(r"= s32\[\]\S* constant\((\d+)\)", inner)
-  ]
-  return max(constants, default=1)
-
-
-def _sizes(shapes: str) -> list[int]:
-  """Bytes of each array of a shape or of a tuple of them."""
-  found = []
-  for dtype, dims in _SHAPE.findall(shapes):
-    bits = re.search(r"\d+", dtype)
-    width = _BYTES.get(dtype) or max(1, int(bits[0]) // 8)
-    found.append(width * math.prod(int(d) for d in dims.split(",") if d))
-  return found
-
-
-def _group_size(line: str) -> int:
-  listed = re.search(r"replica_groups={{([\d,]+)}", line)
+def _groups(text: str) -> tuple[tuple[int, ...], ...]:
+  """The first group of devices that talk to each other, or all pairs of a permute."""
+  pairs = re.search(r"source_target_pairs={({[\d,{}]*})}", text)
+  if pairs:
+    return tuple(_ints(pair) for pair in re.findall(r"{([\d,]+)}", pairs[1]))
+  listed = re.search(r"replica_groups={{([\d,]+)}", text)
   if listed:
-    return len(listed[1].split(","))
-  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-  if iota:
-    return int(iota[2])
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*{([^}]*)}", line)
+    return (_ints(listed[1]),)
+  counted = re.search(r"replica_groups=(\[\d[^ ]*)", text)
+  if counted:
+    return (tuple(_iota(counted[1])[0].tolist()),)
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*){([^}]*)}", text)
   if named:
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-  if "source_target_pairs=" in line:
-    return 2
-  raise ValueError(f"how many devices take part in this is not known: {line[:300]}")
+    sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    order = re.search(r"device_ids=\((.*)\)", named[2])
+    devices = _iota(order[1]) if order else np.arange(math.prod(sizes.values()))
+    taken = re.findall(r"'([^']+)'", named[3])
+    first = tuple(slice(None) if axis in taken else 0 for axis in sizes)
+    return (tuple(devices.reshape(tuple(sizes.values()))[first].ravel().tolist()),)
+  raise ValueError(f"how many devices take part in this is not known: {text[:300]}")
+
+
+def _iota(text: str) -> np.ndarray:
+  """Numbers from 0 in the order that XLA writes as "[4,2]<=[2,4]T(1,0)"."""
+  shape, dims, order = _IOTA.match(text).groups()
+  numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(dims or shape))
+  if order:
+    numbers = numbers.transpose(_ints(order))
+  return numbers.reshape(_ints(shape)) if dims else numbers
+
+
+def _ints(text: str) -> tuple[int, ...]:
+  return tuple(int(n) for n in text.split(",") if n)

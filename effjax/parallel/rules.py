@@ -117,6 +117,16 @@ PRESETS: Mapping[str, Preset] = {
     state=_TENSOR,
     activations=_TENSOR,
   ),
+  "tps": Preset(
+    summary="tensor parallel, and what goes from layer to layer is split in width: "
+    "more is gathered, and a device keeps only its part of it",
+    main_axis="tensor",
+    axes=("tensor",),
+    params=_TENSOR,
+    gradients=_TENSOR,
+    state=_TENSOR,
+    activations=(*_TENSOR, ("embed_act", "tensor")),
+  ),
   "ring": Preset(
     summary="context parallel: sequences are split, keys travel around a ring of "
     "devices, recurrent states from each to the next",
@@ -157,11 +167,24 @@ PRESETS: Mapping[str, Preset] = {
 _ALTERNATIVES = (
   ("dp", "zero1", "zero2", "hsdp"),
   ("fsdp", "hsdp"),
+  ("tp", "tps"),
   ("ring", "ulysses"),
 )
 # Tables in which one pair stands before another: tokens are split over replicas first,
 # and what holds whole layers or experts, or heads, before what any axis will do for.
-_ORDER = ("pp", "ep", "tp", "ring", "ulysses", "dp", "zero1", "zero2", "hsdp", "fsdp")
+_ORDER = (
+  "pp",
+  "ep",
+  "tp",
+  "tps",
+  "ring",
+  "ulysses",
+  "dp",
+  "zero1",
+  "zero2",
+  "hsdp",
+  "fsdp",
+)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.cli import timing
-from effjax.measure import hlo
+from effjax.measure import hlo_costs
 from effjax.nn.mlps import moe
 from effjax.ops import flops
 from effjax.ops.moe import grouped
@@ -181,7 +181,7 @@ def executed(text: str, group_sizes: Sequence[int]) -> int:
   """
   times = collections.Counter(grouped.window_rows(group_sizes))
   found = 0
-  for shape, cost in hlo.dots(text):
+  for shape, cost in hlo_costs.dots(text):
     # A window's product has its rows; any other product of the program runs once.
     is_window = len(shape) == 2 and shape[0] in grouped.WINDOW_SIZES
     found += cost * (times[shape[0]] if is_window else 1)

@@ -33,6 +33,7 @@ LANES = (
   ("fsdp", {}, "swiglu"),
   ("hsdp", {"data": 2}, "swiglu"),
   ("tp", {}, "swiglu"),
+  ("tps", {}, "swiglu"),
   ("fsdp+tp", {"tensor": 2}, "swiglu"),
   ("ring", {}, "swiglu"),
   ("ulysses", {}, "swiglu"),

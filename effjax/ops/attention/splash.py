@@ -100,10 +100,33 @@ def _run(
     attn_logits_soft_cap=logit_cap,
     interpret=interpret,
   )
-  if segments is None:
-    return jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSW)
-  ids = lib.SegmentIds(*segments)
-  return jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSW, ids)
+  ids = () if segments is None else (lib.SegmentIds(*segments),)
+  # A compiled program shows nothing of a kernel but the name it runs under.
+  with jax.named_scope(visits(pattern, length, block)):
+    return jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSW, *ids)
+
+
+def visits(pattern: patterns.Pattern, length: int, block: int) -> str:
+  """How many blocks of scores the kernel forms, as "visits_10_of_16".
+
+  Args:
+    pattern: one that the kernel knows.
+    length: tokens, a multiple of the block.
+    block: tokens along either side of a block.
+  """
+  num = length // block
+  before, after = num * block, num * block
+  if isinstance(pattern, patterns.Causal):
+    after = 0
+  elif isinstance(pattern, patterns.Window):
+    before = pattern.window - 1 if pattern.causal else pattern.window // 2
+    after = 0 if pattern.causal else pattern.window // 2
+  seen = 0
+  for i in range(num):
+    first = max(0, i * block - before) // block
+    last = min(num * block - 1, (i + 1) * block - 1 + after) // block
+    seen += last - first + 1
+  return f"visits_{seen}_of_{num * num}"
 
 
 def _mask(lib: ModuleType, pattern: patterns.Pattern, length: int) -> Any:

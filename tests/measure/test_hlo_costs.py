@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.cli.benches import moe as bench
-from effjax.measure import hlo
+from effjax.measure import hlo_costs
 from effjax.ops.moe import grouped
 
 
@@ -14,7 +14,7 @@ def test_every_product_is_found_once():
     return jnp.einsum("mn,mk->nk", y, a)
 
   a, b, c = jnp.zeros((8, 16)), jnp.zeros((16, 32)), jnp.zeros((32, 32))
-  found = sorted(hlo.dots(jax.jit(fn).lower(a, b, c).compile().as_text()))
+  found = sorted(hlo_costs.dots(jax.jit(fn).lower(a, b, c).compile().as_text()))
   assert [cost for _, cost in found] == [
     2 * 8 * 16 * 32,
     2 * 8 * 32 * 32,
