@@ -58,19 +58,19 @@ def dots(text: str) -> Iterator[tuple[tuple[int, ...], int]]:
         yield one.results[0].dims, _dot(one, program)
 
 
-def flops(one: hlo.Instruction, program: hlo.Program) -> int:
-  """Multiplications and additions of matrix products, those of a fusion included.
+def products(one: hlo.Instruction, program: hlo.Program) -> Iterator[tuple[str, int]]:
+  """Type of the operands and FLOPs of each matrix product, those of a fusion included.
 
   Kernels are not seen into: see `effjax.measure.pods.kernels`.
   """
   if one.operation == "dot":
-    return _dot(one, program)
-  if one.operation == "convolution":
-    return _convolution(one, program)
-  if one.operation == "fusion":
-    inner = (i for name in one.called() for i in program.computations.get(name, ()))
-    return sum(flops(i, program) for i in inner)
-  return 0
+    yield program.operand(one, 0).dtype, _dot(one, program)
+  elif one.operation == "convolution":
+    yield program.operand(one, 0).dtype, _convolution(one, program)
+  elif one.operation == "fusion":
+    for name in one.called():
+      for inner in program.computations.get(name, ()):
+        yield from products(inner, program)
 
 
 def memory_bytes(one: hlo.Instruction, program: hlo.Program) -> int:

@@ -67,6 +67,34 @@ class Plan:
   spread: spread_lib.Spread
   outcomes: tuple[Outcome, ...]
 
+  def start(self, index: int) -> Outcome:
+    """What a stage starts from."""
+    parent = self.config.parent(index)
+    first = Outcome(model=self.model, specs=self.specs, params=self.fresh)
+    return first if parent is None else self.outcomes[parent]
+
+  def steps(self, index: int) -> lowering.Steps:
+    """What a stage that trains does, step by step."""
+    stage, start = self.config.stages[index], self.start(index)
+    options, data = stage.build_options(), self.config.data
+    teacher = self.config.teacher(index)
+    if teacher is not None:
+      made = self.outcomes[teacher]
+      teacher = losses.Teacher(made.model, made.params)
+    training = lowering.Training(
+      model=start.model.clone(precision=options.precision),
+      params=start.params,
+      specs=start.specs,
+      paths=adapters.trained(start.params, start.specs, stage.build_where()),
+      teacher=teacher,
+    )
+    return lowering.Steps(
+      training=training,
+      config=options,
+      batch_size=options.batch_size or data.batch_size,
+      length=options.sequence_length or data.sequence_length,
+    )
+
   @property
   def num_params(self) -> int:
     """Logical parameters of the model before any compression."""
@@ -84,15 +112,19 @@ class Plan:
     return self.spread.params(self.specs if specs is None else specs, tree)
 
 
-def make(config: config_lib.Config) -> Plan:
+def make(config: config_lib.Config, spread: spread_lib.Spread | None = None) -> Plan:
   """Plays the recipe through on shapes; computes, compiles and writes nothing.
+
+  Args:
+    config: the root config.
+    spread: over devices that need not be there; over those at hand by default.
 
   Raises:
     InputError: something does not fit; the message names the stage.
   """
   _check_measures(config)
   pipeline.check(config.data)
-  spread = spread_lib.make(config.mesh)
+  spread = spread or spread_lib.make(config.mesh)
   model = models.build(config.model)
   specs = specs_lib.specs(model)
   fresh = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
@@ -102,8 +134,7 @@ def make(config: config_lib.Config) -> Plan:
   first = Outcome(model=model, specs=specs, params=fresh)
   outcomes: list[Outcome] = []
   for i, stage in enumerate(config.stages):
-    parent = config.parent(i)
-    start = first if parent is None else outcomes[parent]
+    start = plan.start(i)
     with _naming(i, stage.name):
       if (teacher := config.teacher(i)) is not None:
         _check_teacher(outcomes[teacher].model, start.model)
@@ -113,10 +144,12 @@ def make(config: config_lib.Config) -> Plan:
       else:
         made = _outcome(plan, stage, start)
       plan.shardings(made.params, made.specs)
-      if stage.technique == config_lib.TRAIN and spread.mesh.size > 1:
-        _check_step(plan, stage, start, None if teacher is None else outcomes[teacher])
     outcomes.append(made)
-  return dataclasses.replace(plan, outcomes=tuple(outcomes))
+    plan = dataclasses.replace(plan, outcomes=tuple(outcomes))
+    if stage.technique == config_lib.TRAIN and spread.mesh.size > 1:
+      with _naming(i, stage.name):
+        plan.steps(i).check(spread)
+  return plan
 
 
 def _check_measures(config: config_lib.Config) -> None:
@@ -175,30 +208,6 @@ def _outcome(plan: Plan, stage: config_lib.StageConfig, start: Outcome) -> Outco
   )
   specs = compress.specs_of(start.model, model, start.specs)
   return Outcome(model=model, specs=specs, params=params)
-
-
-def _check_step(
-  plan: Plan, stage: config_lib.StageConfig, start: Outcome, teacher: Outcome | None
-) -> None:
-  """Raises InputError if the devices cannot share the steps of a training."""
-  options = stage.build_options()
-  data, model = plan.config.data, start.model
-  if teacher is not None:
-    teacher = losses.Teacher(teacher.model, teacher.params)
-  training = lowering.Training(
-    model=model.clone(precision=options.precision),
-    params=start.params,
-    specs=start.specs,
-    paths=adapters.trained(start.params, start.specs, stage.build_where()),
-    teacher=teacher,
-  )
-  lowering.check(
-    training,
-    plan.spread,
-    options,
-    batch_size=options.batch_size or data.batch_size,
-    length=options.sequence_length or data.sequence_length,
-  )
 
 
 def _rewound(start: Outcome, to: Outcome) -> Outcome:

@@ -1,6 +1,7 @@
 """The train step of a model for devices that need not be there, from shapes alone."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,79 +46,98 @@ def of_model(model: Any) -> Training:
   return Training(model=model, params=shapes, specs=specs, paths=paths)
 
 
-def lower(
-  training: Training,
-  spread: spread_lib.Spread,
-  config: train_config.TrainConfig,
-  *,
-  batch_size: int,
-  length: int,
-) -> jax.stages.Lowered:
-  """The step that `loop.train` would run, ready to be compiled.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+  """A training, and the shape of its batches; on which devices is said later.
 
-  Args:
+  Attributes:
     training: what is trained.
-    spread: the devices (see also topology.spread), and what lies where.
     config: its optimizer, micro-batches, loss and precision count.
     batch_size: sequences of a batch, over all devices.
     length: tokens of each.
-
-  Raises:
-    InputError: see `check`.
   """
-  step, state = _step(training, spread, config)
-  return step.fn.lower(state, step.fixed, step.shapes(batch_size, length))
+
+  training: Training
+  config: train_config.TrainConfig
+  batch_size: int
+  length: int
+
+  def lower(self, spread: spread_lib.Spread) -> jax.stages.Lowered:
+    """The step that `loop.train` would run, ready to be compiled.
+
+    Args:
+      spread: the devices (see also topology.spread), and what lies where.
+
+    Raises:
+      InputError: see `check`.
+    """
+    step, state = self._step(spread)
+    return step.fn.lower(state, step.fixed, self._batch(step))
+
+  def held_bytes(self, spread: spread_lib.Spread) -> dict[str, int]:
+    """Bytes that a device holds before a step, without padding.
+
+    Returns:
+      "params" (trained or not), "optimizer", and "batch" with everything else.
+    """
+    step, state = self._step(spread)
+    other = (state.step, state.collections, state.key_data, self._batch(step))
+    return {
+      "params": _bytes((state.params, step.fixed)),
+      "optimizer": _bytes(state.opt_state),
+      "batch": _bytes(other),
+    }
+
+  def check(self, spread: spread_lib.Spread) -> None:
+    """Traces the step, so that what devices cannot share shows before anything is made.
+
+    Raises:
+      InputError: a large array would be replicated, or rows, tokens, layers, heads or
+        experts do not divide, or the model cannot be split so.
+    """
+    parts = self.config.micro_batches * spread.batch_ways
+    config_lib.require(
+      self.batch_size % parts == 0,
+      f"a batch of {self.batch_size} sequences does not divide into micro_batches="
+      f"{self.config.micro_batches} for {spread.batch_ways} devices along "
+      f"{', '.join(spread.batch_axes) or 'none'}; make batch_size a multiple of "
+      f"{parts}, or use fewer devices (mesh.num_devices)",
+    )
+    step, state = self._step(spread)
+    jax.eval_shape(step.fn, state, step.fixed, self._batch(step))
+
+  def _batch(self, step: step_lib.Step) -> Any:
+    return step.shapes(self.batch_size, self.length)
+
+  def _step(
+    self, spread: spread_lib.Spread
+  ) -> tuple[step_lib.Step, state_lib.TrainState]:
+    """The step and its first state, of shapes."""
+    training, config = self.training, self.config
+    model, specs, paths = training.model, training.specs, training.paths
+    tx, lr_fn = optim_config.build(config.optimizer, specs, config.num_steps)
+    plain = jax.eval_shape(lambda p: masks.take_out(p, paths)[0], dict(training.params))
+    laid = state_lib.lay_out(model, plain, specs, paths, tx, spread)
+    state, frozen = laid.abstract()
+    step = step_lib.make(
+      model,
+      config.make_loss(),
+      tx,
+      lr_fn,
+      frozen,
+      laid.shardings,
+      specs=specs,
+      spread=spread,
+      micro_batches=config.micro_batches,
+      policy=config.precision,
+      teacher=training.teacher,
+    )
+    return step, state
 
 
-def check(
-  training: Training,
-  spread: spread_lib.Spread,
-  config: train_config.TrainConfig,
-  *,
-  batch_size: int,
-  length: int,
-) -> None:
-  """Traces the step, so that what devices cannot share shows before anything is made.
-
-  Args:
-    training, spread, config, batch_size, length: see `lower`.
-
-  Raises:
-    InputError: a large array would be replicated, or rows, tokens, layers, heads or
-      experts do not divide, or the model cannot be split so.
-  """
-  parts = config.micro_batches * spread.batch_ways
-  config_lib.require(
-    batch_size % parts == 0,
-    f"a batch of {batch_size} sequences does not divide into micro_batches="
-    f"{config.micro_batches} for {spread.batch_ways} devices along "
-    f"{', '.join(spread.batch_axes) or 'none'}; make batch_size a multiple of {parts}, "
-    "or use fewer devices (mesh.num_devices)",
+def _bytes(tree: Any) -> int:
+  """Of the part of each array that one device holds."""
+  return sum(
+    math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    for array in jax.tree.leaves(tree)
   )
-  step, state = _step(training, spread, config)
-  jax.eval_shape(step.fn, state, step.fixed, step.shapes(batch_size, length))
-
-
-def _step(
-  training: Training, spread: spread_lib.Spread, config: train_config.TrainConfig
-) -> tuple[step_lib.Step, state_lib.TrainState]:
-  """The step and its first state, of shapes."""
-  model, specs, paths = training.model, training.specs, training.paths
-  tx, lr_fn = optim_config.build(config.optimizer, specs, config.num_steps)
-  plain = jax.eval_shape(lambda p: masks.take_out(p, paths)[0], dict(training.params))
-  laid = state_lib.lay_out(model, plain, specs, paths, tx, spread)
-  state, frozen = laid.abstract()
-  step = step_lib.make(
-    model,
-    config.make_loss(),
-    tx,
-    lr_fn,
-    frozen,
-    laid.shardings,
-    specs=specs,
-    spread=spread,
-    micro_batches=config.micro_batches,
-    policy=config.precision,
-    teacher=training.teacher,
-  )
-  return step, state

@@ -51,14 +51,13 @@ def sent(preset, mlp="swiglu", **shape):
     optimizer=optim_config.OptimizerConfig(name="adamw", learning_rate=1e-3),
     precision=precision.PrecisionConfig(compute="bfloat16"),
   )
-  lowered = lowering.lower(
-    lowering.of_model(decoder.Decoder(cfg)),
-    spread,
-    config,
+  steps = lowering.Steps(
+    training=lowering.of_model(decoder.Decoder(cfg)),
+    config=config,
     batch_size=BATCH,
     length=LENGTH,
   )
-  text = topology.compiled(lowered, countable=True).as_text()
+  text = topology.compiled(steps.lower(spread), countable=True).as_text()
   found = {}
   for one in collectives.find(text):
     if one.num_bytes > SMALL:

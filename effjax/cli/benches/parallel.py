@@ -111,14 +111,13 @@ def _step(size: _Size, preset: str, shape: dict[str, int], mlp: str) -> dict[str
     precision=precision.PrecisionConfig(compute="bfloat16"),
   )
   spread = topology.spread(TOPOLOGY, mesh_lib.MeshConfig(preset=preset, shape=shape))
-  lowered = lowering.lower(
-    lowering.of_model(model),
-    spread,
-    config,
+  steps = lowering.Steps(
+    training=lowering.of_model(model),
+    config=config,
     batch_size=size.batch_size,
     length=size.length,
   )
-  compiled = topology.compiled(lowered, countable=True)
+  compiled = topology.compiled(steps.lower(spread), countable=True)
   held, sent = compiled.memory_analysis(), collectives.find(compiled.as_text())
   by_kind = collectives.totals(sent)
   used = {axis: n for axis, n in spread.mesh.shape.items() if n > 1}

@@ -48,4 +48,4 @@ def main(args: argparse.Namespace) -> None:
     print("\n\n".join(table.markdown() for table in tables))
     return
   plain = [dataclasses.asdict(table) for table in tables]
-  print(json.dumps(plain if isinstance(made, list) else plain[0]))
+  print(json.dumps(plain if isinstance(made, list) else plain[0], indent=2))
