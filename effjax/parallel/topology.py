@@ -7,6 +7,7 @@ its chips along each axis of the network, such as "v5e:2x4" or "v5p:8x8x16".
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,7 +87,11 @@ def spread(name: str, mesh_config: mesh_lib.MeshConfig) -> spread_lib.Spread:
   Raises:
     InputError: see `devices` and mesh.sizes.
   """
-  chips = devices(name)
+  return over(devices(name), mesh_config)
+
+
+def over(chips: Sequence[Any], mesh_config: mesh_lib.MeshConfig) -> spread_lib.Spread:
+  """The spread of a config over chips of one topology; see `spread`."""
   sizes = mesh_lib.sizes(mesh_config, len(chips))
   chips = chips[: math.prod(sizes)]
   axis_types = (AxisType.Auto,) * len(rules.AXES)

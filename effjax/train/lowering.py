@@ -88,6 +88,13 @@ class Steps:
       "batch": _bytes(other),
     }
 
+  def shapes(
+    self, spread: spread_lib.Spread
+  ) -> tuple[state_lib.TrainState, dict[str, Any]]:
+    """The first state, and what stays as it is (see step.Step.fixed), as shapes."""
+    step, state = self._step(spread)
+    return state, step.fixed
+
   def check(self, spread: spread_lib.Spread) -> None:
     """Traces the step, so that what devices cannot share shows before anything is made.
 

@@ -1,0 +1,276 @@
+"""What a training step of a model keeps and multiplies, from traces of its gradient.
+
+Traced once for a model, its recomputation and its length, with shapes, as on one chip;
+nothing is compiled. What a layer keeps for the backward pass is what the forward scan
+over layers writes and the backward scan reads; how many rows of a batch it belongs to
+is told by tracing two batches, and what may be split over "tensor" by the names that
+its dimensions inherit from parameters (`labels`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from effjax.core import config as config_lib
+from effjax.core import partition
+from effjax.core import shard as shard_lib
+from effjax.core import specs as specs_lib
+from effjax.core import tree as tree_lib
+from effjax.measure import flops as model_flops
+from effjax.measure import leaves
+from effjax.measure.pods import labels
+from effjax.ops import flops as ops_flops
+from effjax.parallel import sharding
+from effjax.parallel import spread as spread_lib
+from effjax.train import lowering
+
+# Rows of the batches that are traced: one row alone could be mistaken for no batch.
+_FEW, _MANY = 2, 4
+# Passes over a product: forward, and the gradients of both of its operands.
+_PASSES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+  """An array that every layer of a run keeps for the backward pass.
+
+  Attributes:
+    shape: of one layer's, for `_FEW` rows.
+    axes: logical axis of each dimension; "batch" where it grows with the rows.
+    row_bytes: of all layers, for one row.
+    once_bytes: of all layers, however many rows there are.
+  """
+
+  shape: tuple[int, ...]
+  axes: labels.Axes
+  row_bytes: float
+  once_bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+  """A parameter that activations are multiplied by.
+
+  Attributes:
+    path: of the parameter.
+    spec: its ParamSpec.
+    layers: how many such matrices are stacked.
+    row_flops: of a forward pass of one row, all layers together.
+    is_last: whether its part of a layer (its mixer or its MLP) is the last one.
+  """
+
+  path: str
+  spec: specs_lib.ParamSpec
+  layers: int
+  row_flops: float
+  is_last: bool
+
+  @property
+  def dims(self) -> tuple[int, int]:
+    """Places in the spec's axes of what is contracted, and of what comes out.
+
+    Embeddings are contracted in their width, as a tied head.
+    """
+    last = len(self.spec.axes) - 1
+    return (last, last - 1) if self.spec.kind == "embedding" else (last - 1, last)
+
+  def size(self, dim: int) -> int:
+    """Of a dimension of `dims`."""
+    return self.spec.shape[len(self.spec.stack) + dim]
+
+  @property
+  def read(self) -> float:
+    """Entries of activations that a row's product reads, all layers together."""
+    return self.row_flops / (2 * self.size(self.dims[1]))
+
+  @property
+  def made(self) -> float:
+    """Entries that it makes."""
+    return self.row_flops / (2 * self.size(self.dims[0]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+  """Of a training step, whatever it is spread over.
+
+  Attributes:
+    steps: the training, and the shape of its batches.
+    params: what trains, of shapes.
+    frozen: what does not.
+    opt_state: the optimizer's state.
+    other_bytes: of the rest of the state, which every device holds.
+    products: parameters that activations are multiplied by, in order of use.
+    kept: see Kept.
+    model_flops: of one row that the model needs, three times a forward pass.
+    row_flops: of one row that run, recomputed ones and attention included.
+    unowned_flops: of the forward pass of one row, products of two activations.
+  """
+
+  steps: lowering.Steps
+  params: Any
+  frozen: Any
+  opt_state: Any
+  other_bytes: int
+  products: tuple[Product, ...]
+  kept: tuple[Kept, ...]
+  model_flops: float
+  row_flops: float
+  unowned_flops: float
+
+  @functools.cached_property
+  def specs(self) -> dict[str, specs_lib.ParamSpec]:
+    """ParamSpecs by path."""
+    return tree_lib.flatten(self.steps.training.specs)
+
+  @property
+  def remat(self) -> str:
+    """What the backward pass recomputes."""
+    return self.steps.training.model.config.remat
+
+
+def facts(steps: lowering.Steps, one: spread_lib.Spread) -> Facts:
+  """Traces a training.
+
+  Args:
+    steps: the training; its layers must be scanned for what they keep to be seen.
+    one: a single device of the kind that it will run on, which decides what is traced
+      (attention by a kernel).
+
+  Raises:
+    InputError: the training has a teacher.
+  """
+  training = steps.training
+  config_lib.require(
+    training.teacher is None,
+    "a training with a teacher has no closed form; compile its step",
+  )
+  state, fixed = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), steps.shapes(one)
+  )
+  frozen = fixed["frozen"]
+  forward = model_flops.per_parameter(training.model, training.params, steps.length)
+  pruned = leaves.kept_fractions(tree_lib.flatten(training.params))
+  needed = sum(cost * pruned.get(path, 1) for path, cost in forward.items())
+  other = jax.tree.leaves((state.step, state.collections, state.key_data))
+  return Facts(
+    steps=steps,
+    params=state.params,
+    frozen=frozen,
+    opt_state=state.opt_state,
+    other_bytes=sum(a.size * a.dtype.itemsize for a in other),
+    products=_products(forward, tree_lib.flatten(training.specs)),
+    kept=_kept(steps, state, frozen, one),
+    model_flops=_PASSES * needed,
+    row_flops=ops_flops.dot_flops(*_gradient(steps, state, frozen, 1)),
+    unowned_flops=forward[""],
+  )
+
+
+def _products(
+  forward: Mapping[str, int], specs: Mapping[str, specs_lib.ParamSpec]
+) -> tuple[Product, ...]:
+  found = {
+    path: cost
+    for path, cost in forward.items()
+    if cost and path in specs and len(specs[path].axes) > 1
+  }
+  # Of run_0/layer_0/mixer/q/kernel: the layer, and which part of it comes last.
+  part = lambda path: path.split("/")[:3]
+  last = {tuple(part(path)[:2]): part(path) for path in found}
+  return tuple(
+    Product(
+      path=path,
+      spec=specs[path],
+      layers=math.prod(specs[path].shape[: len(specs[path].stack)]),
+      row_flops=cost,
+      is_last=last[tuple(part(path)[:2])] == part(path),
+    )
+    for path, cost in found.items()
+  )
+
+
+def _gradient(
+  steps: lowering.Steps, state: Any, frozen: Any, rows: int
+) -> tuple[Any, ...]:
+  """The gradient of the loss as a function, and the shapes of its arguments."""
+  config, training = steps.config, steps.training
+  model = training.model.clone(precision=config.precision)
+  loss_fn = config.make_loss()
+
+  def objective(params: Any, frozen: Any, collections: Any, batch: Any) -> jax.Array:
+    variables = {"params": partition.merge(params, frozen), **collections}
+    with config.precision.context():
+      return loss_fn(model, variables, batch, jax.random.key(0)).objective
+
+  shape = (rows, steps.length)
+  kinds = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, dtype in (kinds | {"weights": jnp.float32}).items()
+  }
+  fn = jax.value_and_grad(objective)
+  return fn, state.params, frozen, state.collections, batch
+
+
+def _kept(
+  steps: lowering.Steps, state: Any, frozen: Any, one: spread_lib.Spread
+) -> tuple[Kept, ...]:
+  few, many = (_stacked(steps, state, frozen, rows, one) for rows in (_FEW, _MANY))
+  found = []
+  for (aval, axes), (larger, _) in zip(few, many, strict=True):
+    row = (larger.size - aval.size) / (_MANY - _FEW)
+    grows = [a != b for a, b in zip(aval.shape, larger.shape, strict=True)]
+    named = ["batch" if g else a for a, g in zip(axes, grows, strict=True)]
+    itemsize = aval.dtype.itemsize
+    found.append(
+      Kept(
+        shape=aval.shape[1:],
+        axes=tuple(named[1:]),
+        row_bytes=row * itemsize,
+        once_bytes=(aval.size - _FEW * row) * itemsize,
+      )
+    )
+  return tuple(found)
+
+
+def _stacked(
+  steps: lowering.Steps, state: Any, frozen: Any, rows: int, one: spread_lib.Spread
+) -> list[tuple[Any, labels.Axes]]:
+  """What forward scans write and backward scans read, and its axes."""
+  fn, *args = _gradient(steps, state, frozen, rows)
+  with shard_lib.use_rules(one.mesh, ()):
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+  walked = labels.Labels()
+  walked.walk(jaxpr[0], _named(steps, args))
+  read = {
+    id(var)
+    for eqn in walked.scans
+    if eqn.params["reverse"]
+    for var in eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+  }
+  found = []
+  for eqn in walked.scans:
+    carried = eqn.params["num_carry"]
+    results = zip(eqn.outvars, walked.axes[id(eqn)], strict=True)
+    for var, axes in list(results)[carried:]:
+      if not eqn.params["reverse"] and id(var) in read:
+        found.append((var.aval, axes))
+  return found
+
+
+def _named(steps: lowering.Steps, args: Any) -> list[labels.Axes]:
+  """Axes of the arguments of `_gradient`."""
+  flat_specs = tree_lib.flatten(steps.training.specs)
+  named = []
+  for path, array in jax.tree_util.tree_flatten_with_path(tuple(args))[0]:
+    _, spec = sharding.spec_at(path, flat_specs)
+    known = spec is not None and spec.shape == array.shape
+    named.append(spec.all_axes if known else (None,) * array.ndim)
+  return named
