@@ -40,27 +40,14 @@ def per_token(model: Any, params: Mapping[str, Any], length: int) -> Flops:
     params: its parameters, of any leaf kinds; only traced.
     length: tokens of the sequence.
   """
-  costs = per_parameter(model, params, length)
-  executed = sum(costs.values())
-  kept = leaves.kept_fractions(tree_lib.flatten(params))
-  saved = sum(cost * (1 - kept.get(path, 1)) for path, cost in costs.items())
-  return Flops(executed=executed / length, theoretical=(executed - saved) / length)
-
-
-def per_parameter(model: Any, params: Mapping[str, Any], length: int) -> dict[str, int]:
-  """FLOPs of a forward pass over one sequence, by the parameter multiplied with.
-
-  Args:
-    model, params, length: see `per_token`.
-
-  Returns:
-    FLOPs by path, in the order that the model multiplies by them; products of two
-    activations stand under "".
-  """
   flat = tree_lib.flatten(params)
   tokens_BL = jax.ShapeDtypeStruct((1, length), np.int32)
 
   def forward(flat_params: dict[str, Any], tokens_BL: jax.Array) -> jax.Array:
     return model.apply({"params": tree_lib.unflatten(flat_params)}, tokens_BL)[0]
 
-  return flops.per_parameter(forward, flat, tokens_BL)
+  costs = flops.per_parameter(forward, flat, tokens_BL)
+  executed = sum(costs.values())
+  kept = leaves.kept_fractions(flat)
+  saved = sum(cost * (1 - kept.get(path, 1)) for path, cost in costs.items())
+  return Flops(executed=executed / length, theoretical=(executed - saved) / length)

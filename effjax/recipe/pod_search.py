@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from effjax.core import config as core_config
 from effjax.core import errors
@@ -20,9 +19,7 @@ from effjax.models import config as model_config
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules, topology
 from effjax.recipe import config as config_lib
-from effjax.recipe import plan as plan_lib
 from effjax.recipe import pods
-from effjax.train import lowering
 
 _DATA = ("", "dp", "zero1", "zero2", "fsdp", "hsdp")
 _TENSOR = ("", "tp", "tps")
@@ -86,7 +83,8 @@ def search(
     "the search needs scanned layers, and the model's are unrolled; set scan=True",
   )
   remats = (model.config.remat,) if config.imported else model_config.REMAT
-  facts = {remat: traced.facts(_recomputing(steps, remat), one) for remat in remats}
+  first = traced.facts(steps, one)
+  facts = {remat: traced.recomputing(first, remat, one) for remat in remats}
   found = list(_tried(config, index, slice_, facts))
   core_config.require(
     bool(found),
@@ -103,14 +101,6 @@ def search(
 def _index(config: config_lib.Config, stage: str | None) -> int:
   trains = [s.name for s in config.stages if s.technique == config_lib.TRAIN]
   return [s.name for s in config.stages].index(stage or trains[0])
-
-
-def _recomputing(steps: lowering.Steps, remat: str) -> lowering.Steps:
-  """The same training with other recomputation."""
-  model = steps.training.model
-  config = dataclasses.replace(model.config, remat=remat)
-  training = dataclasses.replace(steps.training, model=model.clone(config=config))
-  return dataclasses.replace(steps, training=training)
 
 
 def _tried(

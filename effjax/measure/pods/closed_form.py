@@ -9,7 +9,7 @@ memory
   twice where micro-batches add up. Activations: what the layers keep. Working set: the
   larger of what one layer needs (what its products make and its weights, in the compute
   dtype, each `_LIVE` times, and the stream in float32) and what the output head needs
-  (logits in float32 and their gradient in the compute dtype, the head and its float32
+  (logits in float32 and their gradient in the compute dtype, the head and its
   gradient).
 traffic
   A product reads its operands and writes its result; beside products, what they read is
@@ -152,14 +152,20 @@ class Estimate:
     return self.facts.steps.config.precision.dtype.itemsize
 
   def _kept(self, kept: traced.Kept) -> float:
-    """Bytes that a chip keeps of what layers keep."""
+    """Bytes that a chip keeps of what layers keep.
+
+    Weights in the compute dtype, if they are kept at all, are split like parameters.
+    """
     spread = self.laid.spread
-    axes = tuple("embed_act" if axis == "embed" else axis for axis in kept.axes)
-    table = tuple(p for p in spread.preset.activations if p[0] != "batch")
+    axes, table = kept.axes, spread.preset.params
+    if kept.row_bytes:
+      axes = tuple("embed_act" if axis == "embed" else axis for axis in axes)
+      table = tuple(p for p in spread.preset.activations if p[0] != "batch")
     entries = shard_lib.partition_spec(axes, kept.shape, spread.mesh, table)
     split = {axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)}
-    ways = self.laid.ways(split - set(spread.batch_axes))
-    return (kept.row_bytes * self.rows + kept.once_bytes) / ways
+    if kept.row_bytes:
+      split -= set(spread.batch_axes)
+    return (kept.row_bytes * self.rows + kept.once_bytes) / self.laid.ways(split)
 
   def _dims(self, product: traced.Product) -> list[int]:
     """Ways that what a product reads, and what it makes, is split besides by rows."""
@@ -210,7 +216,7 @@ class Estimate:
   @functools.cached_property
   def _layer(self) -> float:
     """Working set of the layer that needs most."""
-    stream = max((self._stream(one) for one in self.facts.products), default=0.0)
+    stream = max((self._stream(one) for one in self.facts.products), default=0)
     return stream + max(map(self._live, self._layers()), default=0.0)
 
   def _layers(self) -> Iterator[list[traced.Product]]:
@@ -225,11 +231,11 @@ class Estimate:
     made *= self.rows * self._itemsize
     return _LIVE["made"] * made + _LIVE["weights"] * weights
 
-  def _stream(self, product: traced.Product) -> float:
+  def _stream(self, product: traced.Product) -> int:
     """Bytes of the stream between layers in float32."""
     read, _ = product.dims
     if product.spec.axes[read] != "embed":
-      return 0.0
+      return 0
     return self.rows * self.facts.steps.length * product.size(read) * _FLOAT32
 
   @functools.cached_property
@@ -240,5 +246,5 @@ class Estimate:
       if not one.spec.stack:
         logits = self.rows * one.made / self._dims(one)[1]
         total += logits * (_FLOAT32 + self._itemsize)
-        total += self._weights(one) * (1 + _FLOAT32 / self._itemsize)
+        total += 2 * self._weights(one)
     return total

@@ -1,4 +1,4 @@
-"""Where a training's parameters, gradients and optimizer state lie, from specs alone."""
+"""Where parameters, gradients and optimizer state of a training lie, from specs."""
 
 import dataclasses
 import functools

@@ -8,7 +8,7 @@ gap is wide share each link. Latency of hops is added once a hop.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from effjax.measure.pods import chips
 from effjax.parallel import collectives
@@ -87,7 +87,7 @@ class Wiring:
         here[axis] = (here[axis] + step) % size
 
 
-def of_mesh(slice_: chips.Slice, devices: Sequence) -> Wiring:
+def of_mesh(slice_: chips.Slice, devices: Iterable) -> Wiring:
   """The wiring of a mesh's devices, which a program numbers in their order."""
   return Wiring(slice_, [tuple(d.coords)[: len(slice_.shape)] for d in devices])
 

@@ -56,7 +56,9 @@ class Planned:
   step_range_secs: tuple[float, float] | None = None
   best_secs: float | None = None
   mfu: float | None = None
-  collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  collectives: dict[str, dict[str, int | float]] = dataclasses.field(
+    default_factory=dict
+  )
   collective_bytes: float | None = None
   unknown_kernels: tuple[str, ...] = ()
   compile_secs: float = 0.0

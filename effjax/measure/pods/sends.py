@@ -9,28 +9,32 @@ data axes ("data", "fsdp", and "expert" for all but experts)
   backward one; where layers are recomputed ("full"), all but the last part of a layer
   once more. The output head is gathered once. Its gradient is scattered over the axes
   that gradients are split over and reduced over the others; but where those take all of
-  a slice of more than eight chips, the compiler reduces all of it everywhere. Tokens of
-  an embedding whose width is split change places, forward and backward. What only the
-  optimizer state is split over is gathered in float32 after the update.
+  a slice of more than eight chips, the compiler reduces all of it everywhere. Of an
+  embedding whose width is split, tokens change places, forward and backward, or the
+  float32 table is gathered and reduced, whichever is less. What only the optimizer
+  state is split over is gathered in float32 after the update.
 "tensor", "tp"
   What each product makes whose contracted axis is split (attention's and the MLP's
-  output) is reduced, forward and backward; recomputed, all but the last of a layer.
+  output) is reduced, forward and backward; recomputed, all but the last of a layer,
+  unless it is of experts.
 "tensor", "tps"
   In place of each reduction, a gather and a scatter; the backward pass gathers twice,
-  and all but the last of a layer once more ("dots") or twice, with a scatter ("full").
+  and for all but the last of a layer once or twice more (`_GATHERED_AGAIN`).
 "expert"
   Rows of tokens go to their experts and back, forward and backward; to them and back
   once more where they are recomputed ("full").
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from effjax.measure.pods import laid as laid_lib
 from effjax.measure.pods import traced
 from effjax.parallel import collectives
 
 _FLOAT32 = 4
+# Gathers of the split stream that programs have beyond those that they must.
+_GATHERED_AGAIN = {"none": 2, "dots": 1, "full": 2}
 # From this many chips on a slice's gradients are reduced, not scattered (see above).
 _FEW_CHIPS = 8
 _Sent = collectives.Collective
@@ -63,24 +67,21 @@ class Sends:
     laid, batch = self.laid, set(self.laid.spread.batch_axes)
     products = {one.path: one for one in self.facts.products}
     for path, spec in self.facts.specs.items():
-      split = {axis for axes in laid.params[path] for axis in axes}
-      tokens_move = self._experts_axes(path)
-      over = (split & batch) - tokens_move
-      layers = products[path].layers if path in products else 1
+      split, product = _flat(laid.params[path]), products.get(path)
+      own = batch - self._experts_axes(path)
+      over = split & own
+      layers = product.layers if product else 1
       size = spec.size / layers / laid.ways(split - over)
-      micro = layers * self.micro_batches
-      is_lookup = spec.kind == "embedding" and path not in products
-      if is_lookup and over:
-        yield from self._looked_up(spec.shape[-1], over)
-      elif over:
-        times = self._gathers(products.get(path)) * micro
-        yield self._one("all-gather", size * self.itemsize, over, times)
-      if path not in laid.trained:
-        continue
-      yield from self._gradient(path, size, batch - tokens_move, micro, is_lookup)
-      mirrored = {axis for axes in laid.state[path] for axis in axes}
-      updated = (mirrored - split) & batch
-      if updated:
+      times = layers * self.micro_batches
+      if spec.kind == "embedding" and product is None:
+        yield from self._looked_up(path, size, over, own)
+      else:
+        if over:
+          gathers = self._gathers(product) * times
+          yield self._one("all-gather", size * self.itemsize, over, gathers)
+        yield from self._gradient(path, size, own, times)
+      updated = (_flat(laid.state[path]) - split) & batch
+      if updated and path in laid.trained:
         yield self._one("all-gather", size * _FLOAT32, updated, layers)
 
   def _gathers(self, product: traced.Product | None) -> int:
@@ -89,27 +90,38 @@ class Sends:
       return 1
     return 3 if self.facts.remat == "full" and not product.is_last else 2
 
-  def _looked_up(self, width: int, over: set[str]) -> Iterator[_Sent]:
-    """Rows of an embedding of which a chip has a part of the width."""
-    size = self.rows * self.facts.steps.length * width
-    for itemsize in (_FLOAT32, self.itemsize):
-      yield self._one("all-to-all", size * itemsize, over, self.micro_batches)
-
   def _gradient(
-    self, path: str, size: float, batch: set[str], times: int, is_lookup: bool
+    self, path: str, size: float, batch: set[str], times: int
   ) -> Iterator[_Sent]:
-    axes = {axis for axes in self.laid.gradients[path] for axis in axes} & batch
-    num_bytes = size * (_FLOAT32 if is_lookup else self.itemsize)
-    num_chips = self.laid.spread.mesh.size
-    if is_lookup:
-      pass  # A chip was sent all rows of its part of the width.
-    elif self.laid.ways(axes) == num_chips > _FEW_CHIPS:
+    if path not in self.laid.trained:
+      return
+    axes = _flat(self.laid.gradients[path]) & batch
+    num_bytes = size * self.itemsize
+    if self.laid.ways(axes) == self.laid.spread.mesh.size > _FEW_CHIPS:
       axes = set()
-    elif axes:
+    if axes:
       yield self._one("reduce-scatter", num_bytes, axes, times)
     if batch - axes:
       num_bytes /= self.laid.ways(axes)
       yield self._one("all-reduce", num_bytes, batch - axes, times)
+
+  def _looked_up(
+    self, path: str, size: float, over: set[str], batch: set[str]
+  ) -> Iterator[_Sent]:
+    """An embedding and its gradient: tokens change places, or the table is sent."""
+    table, times = size * _FLOAT32, self.micro_batches
+    width = self.facts.specs[path].shape[-1]
+    tokens = self.rows * self.facts.steps.length * width
+    axes = _flat(self.laid.gradients[path]) & batch
+    if tokens * (_FLOAT32 + self.itemsize) > 3 * table:
+      yield self._one("all-gather", table, over, times)
+      axes = set()
+    else:
+      yield self._one("all-to-all", tokens * self.itemsize, over, times)
+      yield self._one("all-to-all", tokens * _FLOAT32, axes, times)
+    if path in self.laid.trained:
+      left = table / self.laid.ways(axes)
+      yield self._one("all-reduce", left, batch - axes, times)
 
   def _activations(self) -> Iterator[_Sent]:
     for product in self.facts.products:
@@ -136,13 +148,15 @@ class Sends:
     self, product: traced.Product, num_bytes: float, over: set[str], times: int
   ) -> Iterator[_Sent]:
     """What a product with a split contraction sends, layer by layer."""
-    again = {"none": 0, "dots": 1, "full": 2}[self.facts.remat]
-    again = 0 if product.is_last else again
+    # The gradient of how experts are weighted needs what they made.
+    spared = product.is_last and "experts" not in product.spec.axes
+    again = 0 if spared or self.facts.remat != "full" else 1
     if not self._splits_stream:
-      yield self._one("all-reduce", num_bytes, over, times * (2 + again // 2))
+      yield self._one("all-reduce", num_bytes, over, times * (2 + again))
       return
-    yield self._one("all-gather", num_bytes, over, times * (3 + again))
-    yield self._one("reduce-scatter", num_bytes, over, times * (2 + again // 2))
+    gathers = 3 if product.is_last else 3 + _GATHERED_AGAIN[self.facts.remat]
+    yield self._one("all-gather", num_bytes, over, times * gathers)
+    yield self._one("reduce-scatter", num_bytes, over, times * (2 + again))
 
   def _outside(self, num_bytes: float, over: set[str], times: int) -> Iterator[_Sent]:
     """Of the stream before and after the layers: the embedding's, and the head's."""
@@ -163,6 +177,13 @@ class Sends:
     """Whether what goes from layer to layer is split in width."""
     return ("embed_act", "tensor") in self.laid.spread.preset.activations
 
-  def _one(self, kind: str, num_bytes: float, axes: set[str], times: int) -> _Sent:
+  def _one(
+    self, kind: str, num_bytes: int | float, axes: set[str], times: int
+  ) -> _Sent:
     group = self.laid.group(frozenset(axes))
     return _Sent(kind, round(num_bytes), (group,), times)
+
+
+def _flat(by_dim: Iterable[tuple[str, ...]]) -> set[str]:
+  """All mesh axes of a parameter."""
+  return {axis for axes in by_dim for axis in axes}

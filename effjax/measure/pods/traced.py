@@ -23,7 +23,6 @@ from effjax.core import shard as shard_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.measure import flops as model_flops
-from effjax.measure import leaves
 from effjax.measure.pods import labels
 from effjax.ops import flops as ops_flops
 from effjax.parallel import sharding
@@ -68,7 +67,7 @@ class Product:
   path: str
   spec: specs_lib.ParamSpec
   layers: int
-  row_flops: float
+  row_flops: int
   is_last: bool
 
   @property
@@ -104,6 +103,7 @@ class Facts:
     params: what trains, of shapes.
     frozen: what does not.
     opt_state: the optimizer's state.
+    collections: of the model's state.
     other_bytes: of the rest of the state, which every device holds.
     products: parameters that activations are multiplied by, in order of use.
     kept: see Kept.
@@ -116,12 +116,13 @@ class Facts:
   params: Any
   frozen: Any
   opt_state: Any
+  collections: Any
   other_bytes: int
   products: tuple[Product, ...]
   kept: tuple[Kept, ...]
   model_flops: float
-  row_flops: float
-  unowned_flops: float
+  row_flops: int
+  unowned_flops: int
 
   @functools.cached_property
   def specs(self) -> dict[str, specs_lib.ParamSpec]:
@@ -153,23 +154,41 @@ def facts(steps: lowering.Steps, one: spread_lib.Spread) -> Facts:
   state, fixed = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), steps.shapes(one)
   )
-  frozen = fixed["frozen"]
-  forward = model_flops.per_parameter(training.model, training.params, steps.length)
-  pruned = leaves.kept_fractions(tree_lib.flatten(training.params))
-  needed = sum(cost * pruned.get(path, 1) for path, cost in forward.items())
-  other = jax.tree.leaves((state.step, state.collections, state.key_data))
-  return Facts(
+  forward = _forward(steps, state.collections)
+  per_token = model_flops.per_token(training.model, training.params, steps.length)
+  found = Facts(
     steps=steps,
     params=state.params,
-    frozen=frozen,
+    frozen=fixed["frozen"],
     opt_state=state.opt_state,
-    other_bytes=sum(a.size * a.dtype.itemsize for a in other),
+    collections=state.collections,
+    other_bytes=_num_bytes((state.step, state.collections, state.key_data)),
     products=_products(forward, tree_lib.flatten(training.specs)),
-    kept=_kept(steps, state, frozen, one),
-    model_flops=_PASSES * needed,
-    row_flops=ops_flops.dot_flops(*_gradient(steps, state, frozen, 1)),
+    kept=(),
+    model_flops=_PASSES * per_token.theoretical * steps.length,
+    row_flops=0,
     unowned_flops=forward[""],
   )
+  return recomputing(found, training.model.config.remat, one)
+
+
+def recomputing(facts: Facts, remat: str, one: spread_lib.Spread) -> Facts:
+  """The facts of the same training with other recomputation; see `facts`."""
+  steps = facts.steps
+  model = steps.training.model
+  config = dataclasses.replace(model.config, remat=remat)
+  training = dataclasses.replace(steps.training, model=model.clone(config=config))
+  steps = dataclasses.replace(steps, training=training)
+  changed = dataclasses.replace(facts, steps=steps)
+  return dataclasses.replace(
+    changed,
+    kept=_kept(changed, one),
+    row_flops=ops_flops.dot_flops(*_gradient(changed, 1)),
+  )
+
+
+def _num_bytes(tree: Any) -> int:
+  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _products(
@@ -195,33 +214,49 @@ def _products(
   )
 
 
-def _gradient(
-  steps: lowering.Steps, state: Any, frozen: Any, rows: int
-) -> tuple[Any, ...]:
-  """The gradient of the loss as a function, and the shapes of its arguments."""
-  config, training = steps.config, steps.training
-  model = training.model.clone(precision=config.precision)
-  loss_fn = config.make_loss()
+def _loss(steps: lowering.Steps, variables: Any, batch: Any) -> jax.Array:
+  """What a step differentiates."""
+  config = steps.config
+  model = steps.training.model.clone(precision=config.precision)
+  with config.precision.context():
+    loss_fn = config.make_loss()
+    return loss_fn(model, variables, batch, jax.random.key(0)).objective
 
-  def objective(params: Any, frozen: Any, collections: Any, batch: Any) -> jax.Array:
-    variables = {"params": partition.merge(params, frozen), **collections}
-    with config.precision.context():
-      return loss_fn(model, variables, batch, jax.random.key(0)).objective
 
+def _batch(steps: lowering.Steps, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   shape = (rows, steps.length)
   kinds = dict.fromkeys(("inputs", "targets", "segments", "positions"), jnp.int32)
-  batch = {
+  return {
     name: jax.ShapeDtypeStruct(shape, dtype)
     for name, dtype in (kinds | {"weights": jnp.float32}).items()
   }
+
+
+def _forward(steps: lowering.Steps, collections: Any) -> dict[str, int]:
+  """FLOPs of the loss of one row, by the parameter multiplied with."""
+  flat = tree_lib.flatten(steps.training.params)
+
+  def fn(flat: Any, collections: Any, batch: Any) -> jax.Array:
+    variables = {"params": tree_lib.unflatten(flat), **collections}
+    return _loss(steps, variables, batch)
+
+  return ops_flops.per_parameter(fn, flat, collections, _batch(steps, 1))
+
+
+def _gradient(facts: Facts, rows: int) -> tuple[Any, ...]:
+  """The gradient of the loss as a function, and the shapes of its arguments."""
+
+  def objective(params: Any, frozen: Any, collections: Any, batch: Any) -> jax.Array:
+    variables = {"params": partition.merge(params, frozen), **collections}
+    return _loss(facts.steps, variables, batch)
+
   fn = jax.value_and_grad(objective)
-  return fn, state.params, frozen, state.collections, batch
+  batch = _batch(facts.steps, rows)
+  return fn, facts.params, facts.frozen, facts.collections, batch
 
 
-def _kept(
-  steps: lowering.Steps, state: Any, frozen: Any, one: spread_lib.Spread
-) -> tuple[Kept, ...]:
-  few, many = (_stacked(steps, state, frozen, rows, one) for rows in (_FEW, _MANY))
+def _kept(facts: Facts, one: spread_lib.Spread) -> tuple[Kept, ...]:
+  few, many = (_stacked(facts, rows, one) for rows in (_FEW, _MANY))
   found = []
   for (aval, axes), (larger, _) in zip(few, many, strict=True):
     row = (larger.size - aval.size) / (_MANY - _FEW)
@@ -240,15 +275,15 @@ def _kept(
 
 
 def _stacked(
-  steps: lowering.Steps, state: Any, frozen: Any, rows: int, one: spread_lib.Spread
+  facts: Facts, rows: int, one: spread_lib.Spread
 ) -> list[tuple[Any, labels.Axes]]:
   """What forward scans write and backward scans read, and its axes."""
-  fn, *args = _gradient(steps, state, frozen, rows)
+  fn, *args = _gradient(facts, rows)
   with shard_lib.use_rules(one.mesh, ()):
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
   walked = labels.Labels()
-  walked.walk(jaxpr[0], _named(steps, args))
+  walked.walk(jaxpr[0], _named(facts, args))
   read = {
     id(var)
     for eqn in walked.scans
@@ -265,12 +300,11 @@ def _stacked(
   return found
 
 
-def _named(steps: lowering.Steps, args: Any) -> list[labels.Axes]:
+def _named(facts: Facts, args: Any) -> list[labels.Axes]:
   """Axes of the arguments of `_gradient`."""
-  flat_specs = tree_lib.flatten(steps.training.specs)
   named = []
   for path, array in jax.tree_util.tree_flatten_with_path(tuple(args))[0]:
-    _, spec = sharding.spec_at(path, flat_specs)
+    _, spec = sharding.spec_at(path, facts.specs)
     known = spec is not None and spec.shape == array.shape
     named.append(spec.all_axes if known else (None,) * array.ndim)
   return named
