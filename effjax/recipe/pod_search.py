@@ -83,7 +83,7 @@ def search(
     "the search needs scanned layers, and the model's are unrolled; set scan=True",
   )
   remats = (model.config.remat,) if config.imported else model_config.REMAT
-  first = traced.facts(steps, one)
+  first = traced.facts(steps, one, pods.model_flops(steps))
   facts = {remat: traced.recomputing(first, remat, one) for remat in remats}
   found = list(_tried(config, index, slice_, facts))
   core_config.require(

@@ -7,10 +7,10 @@ stand a few rules of memory and of its traffic:
 memory
   Parameters, optimizer state, batch: exact. Gradients: those of everything that trains,
   twice where micro-batches add up. Activations: what the layers keep. Working set: the
-  larger of what one layer needs (what its products make and its weights, in the compute
-  dtype, each `_LIVE` times, and the stream in float32) and what the output head needs
-  (logits in float32 and their gradient in the compute dtype, the head and its
-  gradient).
+  larger of what one layer needs (what its products make, its weights, and what products
+  of two activations read and make, each `_LIVE` times, and the stream in float32) and
+  what the output head needs (logits in float32 and their gradient in the compute dtype,
+  the head and its gradient).
 traffic
   A product reads its operands and writes its result; beside products, what they read is
   written and what they write is read once more. Forward, twice backward, and once more
@@ -30,9 +30,10 @@ from effjax.measure.pods import calibration, chips, links, sends, traced
 from effjax.measure.pods import laid as laid_lib
 from effjax.parallel import collectives
 
-# Times that a layer's results and weights are held at once, gradients among them.
-_LIVE = {"made": 1.25, "weights": 1.6}
+# Times that these are held at once in a layer's backward pass, gradients among them.
+_LIVE = {"made": 1.25, "weights": 1.6, "mixed": 6}
 _FLOAT32 = 4
+# Passes over a product: forward, and the gradients of both of its operands.
 _PASSES = 3
 # Arrays of integers of a batch, and the weights of targets, 4 bytes a token each.
 _BATCH_ARRAYS = 5
@@ -93,16 +94,11 @@ class Estimate:
     mine += sum(one.row_flops / self._ways(one) for one in facts.products)
     return facts.row_flops * self.rows * self.micro_batches * mine / whole
 
-  @property
-  def model_flops(self) -> float:
-    """Of the whole slice that the model needs."""
-    return self.facts.model_flops * self.facts.steps.batch_size
-
   @functools.cached_property
   def hbm_traffic_bytes(self) -> float:
     """Between memory and chip."""
     products = sum(sum(self._moved(one)) for one in self.facts.products)
-    return products + self._beside
+    return products + self._mixed + self._beside
 
   @functools.cached_property
   def collectives(self) -> list[collectives.Collective]:
@@ -134,6 +130,9 @@ class Estimate:
       flops = one.row_flops / self._ways(one) * self.rows * self.micro_batches
       compute = flops * self._passes(one) / chip.flops
       waiting += max(0.0, sum(self._moved(one)) / chip.hbm_rate - compute)
+    unowned = self.facts.unowned_flops / self._widest * self.rows * self.micro_batches
+    compute = unowned * self._layer_passes / chip.flops
+    waiting += max(0.0, self._mixed / chip.hbm_rate - compute)
     return self.flops / chip.flops + waiting + self._beside / chip.hbm_rate
 
   @functools.cached_property
@@ -145,7 +144,7 @@ class Estimate:
   def mfu(self) -> float:
     """Model FLOPs utilization."""
     peak = self.slice.chip.flops * self.laid.spread.mesh.size
-    return self.model_flops / (self.step_secs * peak)
+    return self.facts.model_flops / (self.step_secs * peak)
 
   @property
   def _itemsize(self) -> int:
@@ -184,8 +183,17 @@ class Estimate:
 
   def _passes(self, product: traced.Product) -> int:
     """Times that a product runs, or one with its gradient that is as large."""
-    again = self.facts.remat == "full" and bool(product.spec.stack)
-    return _PASSES + again
+    return self._layer_passes if product.spec.stack else _PASSES
+
+  @property
+  def _layer_passes(self) -> int:
+    return _PASSES + (self.facts.remat == "full")
+
+  @functools.cached_property
+  def _mixed(self) -> float:
+    """Traffic of products of two activations."""
+    rows = self.rows * self.micro_batches
+    return self._layer_passes * self.facts.mixed[0] * rows / self._widest
 
   def _activations(self, product: traced.Product) -> float:
     """Bytes of what a product reads and makes in a forward pass."""
@@ -211,13 +219,14 @@ class Estimate:
     laid = self.laid
     activations = sum(self._moved(one)[0] for one in self.facts.products)
     state = laid.param_bytes + laid.state_bytes + laid.gradient_bytes
-    return activations + 2 * state
+    return activations + self._mixed + 2 * state
 
   @functools.cached_property
   def _layer(self) -> float:
     """Working set of the layer that needs most."""
     stream = max((self._stream(one) for one in self.facts.products), default=0)
-    return stream + max(map(self._live, self._layers()), default=0.0)
+    mixed = _LIVE["mixed"] * self.facts.mixed[1] * self.rows / self._widest
+    return stream + mixed + max(map(self._live, self._layers()), default=0.0)
 
   def _layers(self) -> Iterator[list[traced.Product]]:
     stacked = [one for one in self.facts.products if one.spec.stack]

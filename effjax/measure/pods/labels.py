@@ -22,11 +22,16 @@ class Labels:
   Attributes:
     scans: every scan that was walked, outermost first.
     axes: of each of its results, by the identity of the equation.
+    products: every product of two values that are no weights, by where it stands (the
+      identities of the equations around it), with how often it runs.
   """
 
   def __init__(self) -> None:
     self.scans: list[Any] = []
     self.axes: dict[int, list[Axes]] = {}
+    self.products: dict[tuple[int, ...], tuple[Any, int]] = {}
+    self._around: tuple[int, ...] = ()
+    self._times = 1
 
   def walk(self, jaxpr: Any, given: Sequence[Axes]) -> list[Axes]:
     """Axes of a jaxpr's results, from those of its arguments."""
@@ -42,6 +47,15 @@ class Labels:
     return [axes(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn: Any, given: list[Axes]) -> list[Axes]:
+    around = self._around
+    self._around = (*around, id(eqn))
+    found = self._results(eqn, given)
+    self._around = around
+    return found
+
+  def _results(self, eqn: Any, given: list[Axes]) -> list[Axes]:
+    if eqn.primitive.name == "dot_general" and not any(map(_is_weight, given)):
+      self.products[self._around] = (eqn, self._times)
     if eqn.primitive.name == "scan":
       return self._scan(eqn, given)
     if eqn.primitive.name in _RULES:
@@ -56,10 +70,12 @@ class Labels:
     body = eqn.params["jaxpr"].jaxpr
     carry = given[consts : consts + carried]
     slices = [axes[1:] for axes in given[consts + carried :]]
+    self._times *= eqn.params["length"]
     # A carry may start as zeros: the second walk knows what the first made of it.
     for _ in range(2):
       found = self.walk(body, [*given[:consts], *carry, *slices])
       carry = [_join(*pair) for pair in zip(carry, found, strict=False)]
+    self._times //= eqn.params["length"]
     results = [*carry, *(("layers", *axes) for axes in found[carried:])]
     if id(eqn) not in self.axes:
       self.scans.append(eqn)
@@ -73,6 +89,11 @@ def _called(eqn: Any) -> Any:
     if inner is not None and eqn.primitive.name != "pallas_call":
       return getattr(inner, "jaxpr", inner)
   return None
+
+
+def _is_weight(axes: Axes) -> bool:
+  """Whether all dimensions are those of a parameter."""
+  return all(axes) and not {"batch", "length"} & set(axes)
 
 
 def _join(one: Axes, other: Axes) -> Axes:
@@ -112,7 +133,7 @@ def _squeezed(eqn: Any, given: list[Axes]) -> Axes:
 
 
 def _rows(eqn: Any, given: list[Axes]) -> Axes:
-  """Of a gather: whole dimensions of the operand, among those of the indices."""
+  """Of a gather: whole dimensions of the operand, after those of the indices."""
   numbers = eqn.params["dimension_numbers"]
   dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
   operand = eqn.invars[0].aval.shape
@@ -122,6 +143,9 @@ def _rows(eqn: Any, given: list[Axes]) -> Axes:
     source = next(kept)
     if operand[source] == eqn.outvars[0].aval.shape[dim]:
       found[dim] = given[0][source]
+  free = [dim for dim in range(len(found)) if dim not in numbers.offset_dims]
+  for dim, axis in zip(free, given[1], strict=False):
+    found[dim] = axis
   return tuple(found)
 
 

@@ -10,6 +10,7 @@ its dimensions inherit from parameters (`labels`).
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,6 @@ from effjax.core import partition
 from effjax.core import shard as shard_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
-from effjax.measure import flops as model_flops
 from effjax.measure.pods import labels
 from effjax.ops import flops as ops_flops
 from effjax.parallel import sharding
@@ -31,8 +31,7 @@ from effjax.train import lowering
 
 # Rows of the batches that are traced: one row alone could be mistaken for no batch.
 _FEW, _MANY = 2, 4
-# Passes over a product: forward, and the gradients of both of its operands.
-_PASSES = 3
+_FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +106,11 @@ class Facts:
     other_bytes: of the rest of the state, which every device holds.
     products: parameters that activations are multiplied by, in order of use.
     kept: see Kept.
-    model_flops: of one row that the model needs, three times a forward pass.
+    model_flops: of a step of all rows that the model needs, as it is told.
     row_flops: of one row that run, recomputed ones and attention included.
     unowned_flops: of the forward pass of one row, products of two activations.
+    mixed: bytes that these read and make in a forward pass of one row, in float32 and
+      but for kernels: of all layers, and of the layer that has most.
   """
 
   steps: lowering.Steps
@@ -123,6 +124,7 @@ class Facts:
   model_flops: float
   row_flops: int
   unowned_flops: int
+  mixed: tuple[float, float]
 
   @functools.cached_property
   def specs(self) -> dict[str, specs_lib.ParamSpec]:
@@ -135,13 +137,14 @@ class Facts:
     return self.steps.training.model.config.remat
 
 
-def facts(steps: lowering.Steps, one: spread_lib.Spread) -> Facts:
+def facts(steps: lowering.Steps, one: spread_lib.Spread, model_flops: float) -> Facts:
   """Traces a training.
 
   Args:
     steps: the training; its layers must be scanned for what they keep to be seen.
     one: a single device of the kind that it will run on, which decides what is traced
       (attention by a kernel).
+    model_flops: of a step that the model needs, for its utilization.
 
   Raises:
     InputError: the training has a teacher.
@@ -155,7 +158,6 @@ def facts(steps: lowering.Steps, one: spread_lib.Spread) -> Facts:
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), steps.shapes(one)
   )
   forward = _forward(steps, state.collections)
-  per_token = model_flops.per_token(training.model, training.params, steps.length)
   found = Facts(
     steps=steps,
     params=state.params,
@@ -165,26 +167,30 @@ def facts(steps: lowering.Steps, one: spread_lib.Spread) -> Facts:
     other_bytes=_num_bytes((state.step, state.collections, state.key_data)),
     products=_products(forward, tree_lib.flatten(training.specs)),
     kept=(),
-    model_flops=_PASSES * per_token.theoretical * steps.length,
+    model_flops=model_flops,
     row_flops=0,
     unowned_flops=forward[""],
+    mixed=(0.0, 0.0),
   )
+  found = dataclasses.replace(found, mixed=_mixed(found, one))
   return recomputing(found, training.model.config.remat, one)
 
 
 def recomputing(facts: Facts, remat: str, one: spread_lib.Spread) -> Facts:
   """The facts of the same training with other recomputation; see `facts`."""
-  steps = facts.steps
-  model = steps.training.model
-  config = dataclasses.replace(model.config, remat=remat)
-  training = dataclasses.replace(steps.training, model=model.clone(config=config))
-  steps = dataclasses.replace(steps, training=training)
-  changed = dataclasses.replace(facts, steps=steps)
+  changed = dataclasses.replace(facts, steps=_with_remat(facts.steps, remat))
   return dataclasses.replace(
     changed,
     kept=_kept(changed, one),
     row_flops=ops_flops.dot_flops(*_gradient(changed, 1)),
   )
+
+
+def _with_remat(steps: lowering.Steps, remat: str) -> lowering.Steps:
+  model = steps.training.model
+  config = dataclasses.replace(model.config, remat=remat)
+  training = dataclasses.replace(steps.training, model=model.clone(config=config))
+  return dataclasses.replace(steps, training=training)
 
 
 def _num_bytes(tree: Any) -> int:
@@ -243,16 +249,46 @@ def _forward(steps: lowering.Steps, collections: Any) -> dict[str, int]:
   return ops_flops.per_parameter(fn, flat, collections, _batch(steps, 1))
 
 
-def _gradient(facts: Facts, rows: int) -> tuple[Any, ...]:
-  """The gradient of the loss as a function, and the shapes of its arguments."""
+def _objective(facts: Facts, rows: int) -> tuple[Any, ...]:
+  """The loss as a function of what trains and of the rest, and all their shapes."""
 
   def objective(params: Any, frozen: Any, collections: Any, batch: Any) -> jax.Array:
     variables = {"params": partition.merge(params, frozen), **collections}
     return _loss(facts.steps, variables, batch)
 
-  fn = jax.value_and_grad(objective)
   batch = _batch(facts.steps, rows)
-  return fn, facts.params, facts.frozen, facts.collections, batch
+  return objective, facts.params, facts.frozen, facts.collections, batch
+
+
+def _gradient(facts: Facts, rows: int) -> tuple[Any, ...]:
+  """The same of the loss and its gradient."""
+  objective, *args = _objective(facts, rows)
+  return jax.value_and_grad(objective), *args
+
+
+def _walked(facts: Facts, one: spread_lib.Spread, fn: Any, *args: Any) -> labels.Labels:
+  """The names of what a function of `_objective`'s arguments computes on a device."""
+  with shard_lib.use_rules(one.mesh, ()):
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+  walked = labels.Labels()
+  walked.walk(jaxpr[0], _named(facts, args))
+  return walked
+
+
+def _mixed(facts: Facts, one: spread_lib.Spread) -> tuple[float, float]:
+  """See Facts.mixed."""
+  # What is recomputed at once stands in one equation: a layer.
+  whole = dataclasses.replace(facts, steps=_with_remat(facts.steps, "full"))
+  walked = _walked(whole, one, *_objective(whole, _FEW))
+  repeats = {id(scan): scan.params["length"] for scan in walked.scans}
+  total, layers = 0.0, Counter()
+  for around, (eqn, times) in walked.products.items():
+    entries = sum(var.aval.size for var in (*eqn.invars, *eqn.outvars))
+    moved = entries * times * _FLOAT32 / _FEW
+    total += moved
+    layers[around[:2]] += moved / repeats.get(around[0], 1)
+  return total, max(layers.values(), default=0.0)
 
 
 def _kept(facts: Facts, one: spread_lib.Spread) -> tuple[Kept, ...]:
@@ -278,12 +314,7 @@ def _stacked(
   facts: Facts, rows: int, one: spread_lib.Spread
 ) -> list[tuple[Any, labels.Axes]]:
   """What forward scans write and backward scans read, and its axes."""
-  fn, *args = _gradient(facts, rows)
-  with shard_lib.use_rules(one.mesh, ()):
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-  jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-  walked = labels.Labels()
-  walked.walk(jaxpr[0], _named(facts, args))
+  walked = _walked(facts, one, *_gradient(facts, rows))
   read = {
     id(var)
     for eqn in walked.scans
@@ -305,6 +336,12 @@ def _named(facts: Facts, args: Any) -> list[labels.Axes]:
   named = []
   for path, array in jax.tree_util.tree_flatten_with_path(tuple(args))[0]:
     _, spec = sharding.spec_at(path, facts.specs)
-    known = spec is not None and spec.shape == array.shape
-    named.append(spec.all_axes if known else (None,) * array.ndim)
+    if spec is not None and spec.shape == array.shape:
+      named.append(spec.all_axes)
+    elif (
+      isinstance(path[0], jax.tree_util.SequenceKey) and path[0].idx == len(args) - 1
+    ):
+      named.append(("batch", "length"))
+    else:
+      named.append((None,) * array.ndim)
   return named
