@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from effjax.core import config as core_config
 from effjax.core import errors
@@ -56,6 +57,19 @@ class Candidate:
     """Chips along each axis of the mesh that has more than one."""
     sizes = self.estimate.laid.spread.mesh.shape
     return {axis: size for axis, size in sizes.items() if size > 1}
+
+  def fields(self) -> dict[str, Any]:
+    """The layout and what it would take, as plain values; see closed_form.Estimate."""
+    names = ("step_secs", "mfu", "hbm_bytes", "memory", "flops", "hbm_traffic_bytes")
+    names += ("collective_bytes", "chip_secs", "ici_secs")
+    return {
+      "preset": self.mesh.preset,
+      "shape": self.shape,
+      "remat": self.remat,
+      "micro_batches": self.micro_batches,
+      "overrides": list(self.overrides),
+      **{name: getattr(self.estimate, name) for name in names},
+    }
 
 
 def search(

@@ -4,11 +4,13 @@ Nothing is compiled here; libtpu only says how the chips of a slice are wired.
 """
 
 import itertools
+import json
 import math
 
 import pytest
 
 from effjax.core import errors
+from effjax.measure.pods import calibration
 from effjax.parallel import mesh as mesh_lib
 from effjax.parallel import rules
 from effjax.recipe import config as config_lib
@@ -76,6 +78,15 @@ def test_less_recomputed_is_faster_and_larger(searched):
   for full, dots in pairs:
     assert dots.step_secs < full.step_secs
     assert dots.hbm_bytes > full.hbm_bytes
+
+
+def test_fields_are_plain_values(searched):
+  fields = searched[0].fields()
+  assert json.loads(json.dumps(fields)) == fields
+  assert fields["hbm_bytes"] == sum(fields["memory"].values())
+  ratio = calibration.ratios().mean
+  secs = (fields["chip_secs"] + fields["ici_secs"]) * ratio
+  assert fields["step_secs"] == pytest.approx(secs)
 
 
 def test_overrides_make_the_config_of_a_layout(searched):

@@ -121,6 +121,14 @@ def test_recomputation_repeats_all_but_the_last_product():
   assert dots.row_flops - none.row_flops == none.unowned_flops
 
 
+def test_products_of_activations_are_those_of_attention():
+  # Scores and their values are held here, as no kernel runs: queries with keys, and
+  # what they weight; each reads two and makes one, in float32.
+  heads, scores = LENGTH * HEADS * HEAD, HEADS * LENGTH**2
+  layer = FP32 * (2 * (2 * heads + scores))
+  assert facts().mixed == (LAYERS * layer, layer)
+
+
 def test_flops_are_divided_among_chips():
   alone = estimate(over("dp", data=1)).flops
   for preset, shape in (("fsdp", {}), ("tp", {}), ("fsdp+tp", {"tensor": 4})):
