@@ -94,6 +94,7 @@ def test_overrides_make_the_config_of_a_layout(searched):
     "few": searched[0],
     "tensor": next(one for one in searched if "tps" in one.mesh.preset),
     "dots": next(one for one in searched if one.remat == "dots"),
+    "none": next(one for one in searched if one.remat == "none"),
   }
   for one in chosen.values():
     config = config_lib.load(CONFIG, ["data.batch_size=64", *one.overrides])
