@@ -28,6 +28,7 @@ _ORDER = (
   "export",
   "generate",
   "score",
+  "plan",
   "bench",
 )
 _EXIT_CODES = """exit codes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from effjax.core import shard as shard_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.infer import engine
+from effjax.parallel import sharding
 from effjax.parallel import spread as spread_lib
 from effjax.weights import leaf as leaf_lib
 
@@ -52,7 +52,7 @@ class Serving:
   def held_bytes(self, spread: spread_lib.Spread) -> dict[str, int]:
     """Bytes that a device holds between steps, without padding: "params", "cache"."""
     _, params, state = self._placed(spread)
-    return {"params": _bytes(params), "cache": _bytes(state)}
+    return {"params": sharding.held_bytes(params), "cache": sharding.held_bytes(state)}
 
   def _placed(self, spread: spread_lib.Spread) -> tuple[Any, Any, Any]:
     """The unrolled model, its parameters and its empty state, placed on devices."""
@@ -87,10 +87,3 @@ def _cache(array: Any, spread: spread_lib.Spread) -> jax.ShapeDtypeStruct:
   )
   sharding = jax.sharding.NamedSharding(spread.mesh, spec)
   return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _bytes(tree: Any) -> int:
-  return sum(
-    math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-    for array in jax.tree.leaves(tree)
-  )

@@ -39,6 +39,8 @@ _FREE = frozenset(
     "recv-done",
   )
 )
+# What changes a part of its first operand where it is, and which operand the part is.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Custom calls that only say something of an array.
 _HINTS = ("AssumeGatherIndicesInBound", "ConcatBitcast", "AllocateBuffer", "Sharding")
 
@@ -87,12 +89,14 @@ def memory_bytes(one: hlo.Instruction, program: hlo.Program) -> int:
     for array in program.by_name[name].results
   ]
   if one.operation.endswith("-start"):
-    # What starts gives its operands back beside its results.
-    return sum(map(_in_main, one.results))
+    # What starts gives its operand back beside its result, which may be a slice of it.
+    moved = [array for array in one.results if array.dims]
+    in_main = sum(array.space == hlo.MAIN_MEMORY for array in moved)
+    return min((array.num_bytes for array in moved), default=0) * in_main
   if one.operation in ("dynamic-slice", "slice", "gather"):
     return 2 * sum(map(_in_main, one.results))
-  if one.operation == "dynamic-update-slice":
-    return 2 * _in_main(operands[1])
+  if one.operation in _UPDATES:
+    return 2 * _in_main(operands[_UPDATES[one.operation]])
   return sum(map(_in_main, operands)) + sum(map(_in_main, one.results))
 
 
@@ -139,14 +143,25 @@ def _touched_by(
     return _touched_of(user, inner, program)
   if user.operation in ("dynamic-slice", "slice", "gather") and place == 0:
     return user.results[0].num_bytes
-  if user.operation == "dynamic-update-slice" and place == 0:
+  if user.operation in _UPDATES and place == 0:
     return 0  # It is changed where it is.
   if user.operation == "fusion":
     called = program.computations[next(user.called())]
     for one in called:
       if one.operation == "parameter" and one.text.startswith(f"{place})"):
+        if _is_all_of(called, one):
+          return _touched_of(user, inner, program)
         return _touched_of(one, called, program)
   return whole
+
+
+def _is_all_of(inner: Sequence[hlo.Instruction], array: hlo.Instruction) -> bool:
+  """Whether a computation returns one of its arrays, under another shape perhaps."""
+  by_name = {one.name: one for one in inner}
+  made = next(one for one in inner if one.is_root)
+  while made.operation == "bitcast":
+    made = by_name[made.operands[0]]
+  return made is array
 
 
 def _written(
@@ -171,8 +186,8 @@ def _written_by(
   """Bytes that change in what an instruction makes."""
   while one.operation == "bitcast" and one.operands[0] in by_name:
     one = by_name[one.operands[0]]
-  if one.operation == "dynamic-update-slice":
-    return program.operand(one, 1).num_bytes
+  if one.operation in _UPDATES:
+    return program.operand(one, _UPDATES[one.operation]).num_bytes
   if one.operation == "fusion":
     inner = {i.name: i for i in program.computations[next(one.called())]}
     root = next(i for i in inner.values() if i.is_root)

@@ -5,6 +5,7 @@ worked out on shapes and passed as `out_shardings`.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -185,6 +186,18 @@ def spec_at(
     if name in flat_specs:
       return name, flat_specs[name]
   return "/".join(names[-1:]), None
+
+
+def held_bytes(tree: Any) -> int:
+  """Bytes of a tree that one device holds, without padding.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs with shardings.
+  """
+  return sum(
+    math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    for array in jax.tree.leaves(tree)
+  )
 
 
 def _num_bytes(array: Any) -> int:

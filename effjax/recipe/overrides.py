@@ -13,8 +13,8 @@ from typing import Any
 from effjax.core import errors
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*")
-_QUOTED = re.compile(r"'\w*'|\"\w*\"")
-_WORDS = {"true": True, "false": False, "none": None}
+# "none" is a value of its own where a field takes words, such as model.remat.
+_WORDS = {"true": True, "false": False}
 
 
 def apply(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -53,13 +53,8 @@ def parse_path(path: str) -> tuple[str | int, ...]:
 
 
 def parse_value(text: str, old: Any = None) -> Any:
-  """The value a text stands for, given the value it replaces (None if unknown).
-
-  A string that would be read as something else stands in quotes, as 'none'.
-  """
-  if _QUOTED.fullmatch(text):
-    return text[1:-1]
-  if isinstance(old, str) and text.lower() != "none":
+  """The value a text stands for, given the value it replaces (None if unknown)."""
+  if isinstance(old, str) and text != "None":
     return text
   if text.lower() in _WORDS:
     return _WORDS[text.lower()]

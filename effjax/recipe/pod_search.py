@@ -43,8 +43,7 @@ class Candidate:
     remat: what the backward pass recomputes.
     micro_batches: parts of a batch.
     estimate: what it would take.
-    overrides: what makes a config use it, arguments of a command; `shlex.join` quotes
-      them for a shell.
+    overrides: what makes a config use it, as on a command line.
   """
 
   mesh: mesh_lib.MeshConfig
@@ -191,11 +190,10 @@ def _overrides(
   plain = mesh_lib.MeshConfig()
   for name in ("num_devices", "micro_batches", "repeats"):
     if getattr(config.mesh, name) != getattr(plain, name):
-      found[f"mesh.{name}"] = str(getattr(plain, name)).lower()
+      found[f"mesh.{name}"] = str(getattr(plain, name))
   found |= {f"mesh.shape.{axis}": str(n) for axis, n in mesh.shape.items()}
   if config.model.remat != remat:
-    # In quotes, as the word alone means that there is no value.
-    found["model.remat"] = "'none'" if remat == "none" else remat
+    found["model.remat"] = remat
   if config.stages[index].options["micro_batches"] != micro_batches:
     found[f"stages[{index}].options.micro_batches"] = str(micro_batches)
   return tuple(f"--config.{name}={value}" for name, value in found.items())

@@ -1,6 +1,7 @@
 """Stages of a recipe compiled for a slice of TPUs: a training's step, or decoding."""
 
 import dataclasses
+from typing import Any
 
 from effjax.core import config as core_config
 from effjax.core import errors
@@ -61,11 +62,24 @@ def plan_training(
 def model_flops(steps: lowering.Steps) -> float:
   """Of a step, that the model needs: three times those of a forward pass.
 
-  Attention counts in the blocks that causality, or a window, leaves (measure.flops).
+  Attention counts in the blocks that causality, or a window, leaves (measure.flops),
+  experts by the tokens that use them, not by their capacity.
   """
   made = steps.training
-  forward = flops.per_token(made.model, made.params, steps.length)
-  return _PASSES * forward.theoretical * steps.batch_size * steps.length
+  model = _dropless(made.model)
+  forward = flops.per_token(model, made.params, steps.length).theoretical
+  return _PASSES * forward * steps.batch_size * steps.length
+
+
+def _dropless(model: Any) -> Any:
+  """The same model without padded experts."""
+  layers = tuple(
+    dataclasses.replace(one, mlp_options={**one.mlp_options, "dispatch": "dropless"})
+    if one.mlp == "moe"
+    else one
+    for one in model.config.layers
+  )
+  return model.clone(config=dataclasses.replace(model.config, layers=layers))
 
 
 def plan_serving(
@@ -111,7 +125,8 @@ def plan_serving(
     max_len=max_len,
   )
   arguments = served.held_bytes(spread)
-  per_token = flops.per_token(made.model, made.params, max_len).theoretical
+  model = _dropless(made.model)
+  per_token = flops.per_token(model, made.params, max_len).theoretical
   prefill, step = (compiled.compiled(p) for p in served.lower(spread))
   needed = {"prefill": per_token * rows * max_len, "decode": None}
   return {

@@ -1,7 +1,6 @@
 """The train step of a model for devices that need not be there, from shapes alone."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from effjax.core import config as config_lib
 from effjax.core import specs as specs_lib
 from effjax.core import tree as tree_lib
 from effjax.optim import config as optim_config
+from effjax.parallel import sharding
 from effjax.parallel import spread as spread_lib
 from effjax.train import config as train_config
 from effjax.train import masks
@@ -83,9 +83,9 @@ class Steps:
     step, state = self._step(spread)
     other = (state.step, state.collections, state.key_data, self._batch(step))
     return {
-      "params": _bytes((state.params, step.fixed)),
-      "optimizer": _bytes(state.opt_state),
-      "batch": _bytes(other),
+      "params": sharding.held_bytes((state.params, step.fixed)),
+      "optimizer": sharding.held_bytes(state.opt_state),
+      "batch": sharding.held_bytes(other),
     }
 
   def shapes(
@@ -140,11 +140,3 @@ class Steps:
       teacher=training.teacher,
     )
     return step, state
-
-
-def _bytes(tree: Any) -> int:
-  """Of the part of each array that one device holds."""
-  return sum(
-    math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-    for array in jax.tree.leaves(tree)
-  )

@@ -20,9 +20,8 @@ def _config():
     ("--config.train.rate=2e-4", lambda c: c["train"]["rate"], 2e-4),
     # A string stays a string, even one that looks like a number.
     ("--config.train.name=12", lambda c: c["train"]["name"], "12"),
-    ("--config.train.name=none", lambda c: c["train"]["name"], None),
-    ("--config.train.name='none'", lambda c: c["train"]["name"], "none"),
-    ('--config.train.clip="12"', lambda c: c["train"]["clip"], "12"),
+    ("--config.train.name=None", lambda c: c["train"]["name"], None),
+    ("--config.train.name=none", lambda c: c["train"]["name"], "none"),
     ("--config.train.clip=0.5", lambda c: c["train"]["clip"], 0.5),
     ("--config.train.fresh=true", lambda c: c["train"]["fresh"], True),
     (

@@ -55,7 +55,7 @@ def _row(run: published.Run) -> dict[str, Any]:
     length=published.LENGTH,
   )
   program = compiled.compiled(steps.lower(spread))
-  wiring = links.of_mesh(slice_, spread.mesh.devices.ravel())
+  wiring = links.of_mesh(slice_, spread.mesh)
   cost = roofline.of(hlo.read(program.text), wiring)
   return {
     "run": run.name,

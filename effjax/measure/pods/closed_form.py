@@ -120,7 +120,7 @@ class Estimate:
   @functools.cached_property
   def ici_secs(self) -> float:
     """That links are busy."""
-    wiring = links.of_mesh(self.slice, self.laid.spread.mesh.devices.ravel())
+    wiring = links.of_mesh(self.slice, self.laid.spread.mesh)
     return sum(wiring.secs(one) * one.times for one in self.collectives)
 
   @functools.cached_property

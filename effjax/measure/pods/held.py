@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from effjax.parallel import hlo
 
 # Where JAX says that an operation of a loop belongs to: the backward pass, or another.
-_BACKWARD = "transpose("
+_BACKWARD = "transpose(jvp("
 _FORWARD = "jvp("
 
 
@@ -33,14 +33,13 @@ def stacked(program: hlo.Program) -> dict[str, int]:
 
 
 def _pass(loop: hlo.Instruction, program: hlo.Program) -> str | None:
-  """What the products of a loop's body are for; None if it has none."""
-  for name in loop.called():
-    for one in program.computations.get(name, ()):
-      if _BACKWARD in one.text:
-        return "gradients"
-      if _FORWARD in one.text:
-        return "activations"
-  return None
+  """What most of a loop's body is for: a few operations are shared by both passes."""
+  body = (one for name in loop.called() for one in program.computations.get(name, ()))
+  texts = [one.text for one in body if _FORWARD in one.text]
+  backward = sum(_BACKWARD in text for text in texts)
+  if not texts:
+    return None
+  return "gradients" if 2 * backward > len(texts) else "activations"
 
 
 def _written(loop: hlo.Instruction, program: hlo.Program) -> Iterator[hlo.Array]:

@@ -12,6 +12,7 @@ import re
 from effjax.parallel import hlo
 
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+_FLOATS = ("bf16", "f32")
 _VISITED = re.compile(r"visits_(\d+)_of_(\d+)")
 
 
@@ -27,16 +28,13 @@ def flops(one: hlo.Instruction, program: hlo.Program) -> int | None:
   products = next((n for key, n in _PRODUCTS.items() if one.name.startswith(key)), None)
   if products is None:
     return None
-  square = [
-    program.by_name[name].results[0]
-    for name in one.operands
-    if len(program.by_name[name].results[0].dims) == 4
-  ]
-  batch, heads, length, width = square[0].dims
-  keys = square[1].dims[2]
+  operands = (program.by_name[name].results[0] for name in one.operands)
+  q, k, *_ = (array for array in operands if array.dtype in _FLOATS)
+  *rows_and_heads, length, width = q.dims
+  scores = math.prod(rows_and_heads) * length * k.dims[-2]
   visited = _VISITED.search(one.text)
   part = int(visited[1]) / int(visited[2]) if visited else 1.0
-  return round(2 * products * batch * heads * length * keys * width * part)
+  return round(2 * products * scores * width * part)
 
 
 def _ragged(one: hlo.Instruction, program: hlo.Program) -> int:

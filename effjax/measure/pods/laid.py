@@ -11,6 +11,7 @@ import numpy as np
 
 from effjax.core import tree as tree_lib
 from effjax.measure.pods import traced
+from effjax.parallel import sharding
 from effjax.parallel import spread as spread_lib
 
 # By the path of a parameter: mesh axes of each of its dimensions, stacked ones first.
@@ -128,8 +129,9 @@ def _by_dim(entries: Iterable[Any], rank: int) -> tuple[tuple[str, ...], ...]:
 
 def _bytes(shapes: Any, shardings: Any) -> int:
   """Of the part of each array that one chip holds."""
-  pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-  return sum(
-    math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
-    for array, sharding in pairs
+  placed = jax.tree.map(
+    lambda array, by: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by),
+    shapes,
+    shardings,
   )
+  return sharding.held_bytes(placed)

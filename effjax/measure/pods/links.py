@@ -7,8 +7,9 @@ gap is wide share each link. Latency of hops is added once a hop.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+
+from jax.sharding import Mesh
 
 from effjax.measure.pods import chips
 from effjax.parallel import collectives
@@ -71,7 +72,7 @@ class Wiring:
     busiest = max(load.values(), default=0)
     return busiest * one.num_bytes / self.slice.chip.link_rate + longest * HOP_SECS
 
-  def _way(self, start: tuple[int, ...], end: tuple[int, ...]):
+  def _way(self, start: tuple[int, ...], end: tuple[int, ...]) -> Iterator[tuple]:
     """Links from one chip to another, axis by axis."""
     here = list(start)
     for axis, size in enumerate(self.slice.shape):
@@ -87,11 +88,7 @@ class Wiring:
         here[axis] = (here[axis] + step) % size
 
 
-def of_mesh(slice_: chips.Slice, devices: Iterable) -> Wiring:
+def of_mesh(slice_: chips.Slice, mesh: Mesh) -> Wiring:
   """The wiring of a mesh's devices, which a program numbers in their order."""
-  return Wiring(slice_, [tuple(d.coords)[: len(slice_.shape)] for d in devices])
-
-
-def aggregate_rate(slice_: chips.Slice) -> float:
-  """Bytes a second that all links of a chip send together."""
-  return 2 * math.ceil(len(slice_.shape)) * slice_.chip.link_rate
+  rank = len(slice_.shape)
+  return Wiring(slice_, [tuple(d.coords)[:rank] for d in mesh.devices.flat])

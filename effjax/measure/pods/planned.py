@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from effjax.measure.pods import calibration, chips, compiled, held, links, roofline
 from effjax.parallel import collectives, hlo
 from effjax.parallel import spread as spread_lib
 
+Row = dict[str, int | float]
 MFU = "model FLOPs / (step_secs x chips x peak bfloat16 FLOPs of a chip)"
 
 
@@ -56,9 +56,7 @@ class Planned:
   step_range_secs: tuple[float, float] | None = None
   best_secs: float | None = None
   mfu: float | None = None
-  collectives: dict[str, dict[str, int | float]] = dataclasses.field(
-    default_factory=dict
-  )
+  collectives: dict[str, Row] = dataclasses.field(default_factory=dict)
   collective_bytes: float | None = None
   unknown_kernels: tuple[str, ...] = ()
   compile_secs: float = 0.0
@@ -96,7 +94,7 @@ def of(
     needs = given + program.needed_bytes
     return Planned(fits=False, hbm_bytes=needs, memory=memory, **common)
   parsed = hlo.read(program.text)
-  wiring = links.of_mesh(slice_, spread.mesh.devices.ravel())
+  wiring = links.of_mesh(slice_, spread.mesh)
   cost = roofline.of(parsed, wiring)
   stacked = held.stacked(parsed)
   named = given + sum(stacked.values())
@@ -125,8 +123,24 @@ def of(
 
 def _by_kind(
   sent: tuple[collectives.Collective, ...], wiring: links.Wiring
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
   table = collectives.totals(sent)
   for kind, row in table.items():
     row["secs"] = sum(wiring.secs(c) * c.times for c in sent if c.kind == kind)
   return table
+
+
+def notes() -> list[str]:
+  """How the numbers were made."""
+  ratios = calibration.ratios()
+  return [
+    "compiled by XLA for TPUs, not run; bytes, FLOPs and collectives are read from the "
+    "program, loops counted as often as they run",
+    "step: every instruction the longer of its FLOPs and its bytes at peak rates, then "
+    f"collectives, none hidden, times {ratios.mean:.3f}, by which {ratios.count} "
+    f"published runs of training took longer ({ratios.low:.3f} to {ratios.high:.3f}: "
+    "the range); nothing calibrates decoding",
+    f"MFU: {MFU}; model FLOPs are three forward passes, attention in the "
+    "blocks that are not masked",
+    "activations: kept by the forward pass of scanned layers for the backward pass",
+  ]

@@ -1,0 +1,87 @@
+r"""What a step would take on a slice of TPUs that is not there: memory, time, network.
+
+The real training step is compiled by XLA's TPU compiler (the extra `plan`), in a
+process of its own; nothing runs, and no TPU is needed. A program is compiled once and
+kept in the cache folder.
+
+Examples:
+  effjax plan --config configs/lm_7b.py --topology v5e:16x16
+  effjax plan --config configs/lm_7b.py --topology v5p:4x4x4 --config.mesh.preset=zero1
+  effjax plan --config configs/lm_7b.py --config.mesh.preset=tp --topology v5e:2x4 \
+    --stage int8 --decode 8x2048
+  effjax plan --config configs/lm_7b.py --topology v6e:8x8 --json --html plan.html
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+from effjax.core import errors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the arguments of the verb."""
+  parser.add_argument(
+    "--config", required=True, metavar="FILE[:ARG]", help="the recipe"
+  )
+  parser.add_argument(
+    "--topology", required=True, metavar="NAME", help="such as v5e:16x16 or v5p:4x4x8"
+  )
+  parser.add_argument(
+    "--stage",
+    metavar="NAME",
+    help="the stage that trains (default: the first), or whose model decodes",
+  )
+  parser.add_argument(
+    "--decode",
+    metavar="ROWSxTOKENS",
+    help="plan a prefill and a decoding step of so many rows instead of training",
+  )
+  parser.add_argument("--html", metavar="FILE", help="also write a page")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+  """Runs the verb."""
+  from effjax.cli import planning
+  from effjax.measure.pods import chips, planned
+  from effjax.report import pods
+
+  decode = _decode(args.decode)
+  if args.html and not pathlib.Path(args.html).parent.is_dir():
+    raise errors.InputError(f"--html {args.html}: its folder does not exist")
+  chips.parse(args.topology)
+  print(
+    f"plan: checking the recipe, then compiling it for {args.topology}: a minute or "
+    "more, unless the same program was compiled before",
+    file=sys.stderr,
+  )
+  made = planning.run(
+    planning.Request(
+      config=args.config,
+      overrides=tuple(args.overrides),
+      topology=args.topology,
+      stage=args.stage,
+      decode=decode,
+    )
+  )
+  if args.html:
+    title = f"{pathlib.Path(args.config).stem} on {args.topology}"
+    pathlib.Path(args.html).write_text(pods.page(title, made, planned.notes()), "utf-8")
+  if args.json:
+    print(json.dumps(made["train"] if "train" in made else made, indent=2))
+  else:
+    print(pods.text(made, planned.notes()))
+
+
+def _decode(given: str | None) -> tuple[int, int] | None:
+  if given is None:
+    return None
+  sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", given)
+  if sizes is None:
+    raise errors.InputError(
+      f"--decode {given} is not rows times tokens; give it like 8x2048"
+    )
+  return int(sizes[1]), int(sizes[2])

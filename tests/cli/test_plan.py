@@ -1,0 +1,82 @@
+"""`effjax plan`: what it prints, writes and refuses."""
+
+import json
+import stat
+
+import pytest
+
+from effjax.cli import main
+from tests.recipe import tiny
+
+pytest.importorskip("libtpu")
+
+TRAIN = {
+  "name": "train",
+  "technique": "train",
+  "options": {"num_steps": 3, "precision": {"compute": "bfloat16"}},
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+  monkeypatch.setenv("EFFJAX_CACHE", str(tmp_path / "cache"))
+  return tiny.write(tmp_path, (TRAIN,))
+
+
+def _run(capsys, *argv):
+  code = main.main([*map(str, argv)])
+  said = capsys.readouterr()
+  return code, said.out, said.err
+
+
+def test_a_plan_is_printed_written_and_kept(config, tmp_path, capsys):
+  page = tmp_path / "plan.html"
+  argv = ("plan", "--config", config, "--topology", "v5e:2x2")
+  code, out, err = _run(capsys, *argv, "--html", page)
+  assert code == 0 and "compiling it for v5e:2x2" in err
+  lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line)
+  assert lines["train"] == "on v5e:2x2, 1 chips"
+  assert lines["fits"].startswith("yes: 0.0") and lines["MFU"].endswith("%")
+  assert "model FLOPs / (step_secs x chips x peak" in out
+  html = page.read_text("utf-8")
+  assert lines["step"] in html and "$" not in html
+
+  code, out, _ = _run(capsys, *argv, "--json")
+  made = json.loads(out)
+  assert code == 0 and made["fits"] is True and made["num_chips"] == 1
+  assert {"hbm_bytes", "step_secs", "mfu", "collective_bytes"} <= set(made)
+  assert len(list((tmp_path / "cache" / "pods").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (("--topology", "v5x:2x2"), "unknown TPU generation 'v5x'"),
+    (("--topology", "v5e:2"), "v5e has chips along 2 axes, such as v5e:16x16"),
+    (("--topology", "v5e:2x2", "--decode", "8"), "give it like 8x2048"),
+    (("--topology", "v5e:2x2", "--stage", "tran"), "unknown training stage 'tran'"),
+    (("--topology", "v5e:2x2", "--html", "no/such/a.html"), "folder does not exist"),
+    (
+      ("--topology", "v5e:2x2", "--config.mesh.num_devices=8"),
+      "8 are asked for and 4 are present; use at most 4",
+    ),
+  ],
+)
+def test_what_cannot_be_planned_is_one_line(config, capsys, argv, message):
+  code, out, err = _run(capsys, "plan", "--config", config, *argv)
+  assert code == 2 and out == ""
+  assert message in err.splitlines()[-1]
+
+
+def test_a_compiler_that_dies_takes_nothing_along(
+  config, tmp_path, capsys, monkeypatch
+):
+  dying = tmp_path / "python"
+  dying.write_text(
+    "#!/bin/sh\ncat > /dev/null\necho 'F0000 check failed' >&2\nexit 134\n"
+  )
+  dying.chmod(dying.stat().st_mode | stat.S_IXUSR)
+  monkeypatch.setattr("sys.executable", str(dying))
+  code, out, err = _run(capsys, "plan", "--config", config, "--topology", "v5e:2x2")
+  assert code == 1 and out == ""
+  assert "ended with code 134: F0000 check failed" in err.splitlines()[-1]
