@@ -48,12 +48,31 @@ def test_a_plan_is_printed_written_and_kept(config, tmp_path, capsys):
   assert len(list((tmp_path / "cache" / "pods").iterdir())) == 1
 
 
+def test_a_search_ranks_compiles_and_says_what_to_override(config, capsys):
+  argv = ("plan", "--config", config, "--topology", "v5e:2x2", "--search")
+  free = ("--config.mesh.num_devices=None", "--config.data.batch_size=8")
+  code, out, err = _run(capsys, *argv, *free, "--compile", "1")
+  assert code == 0 and "layouts fit" in err
+  assert "in closed form: the best of" in out and "the best of them, compiled" in out
+  best = out.split("the best layout:\n")[1].strip()
+  assert best.startswith("--config.") or best == "as the config says"
+
+  code, out, _ = _run(capsys, *argv, *free, "--compile", "0", "--json")
+  found = json.loads(out)
+  assert code == 0 and found["compiled"] == [] and found["num_fitting"] > 10
+  secs = [one["step_secs"] for one in found["ranked"]]
+  assert secs == sorted(secs)
+  assert found["overrides"] == found["ranked"][0]["overrides"]
+
+
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
     (("--topology", "v5x:2x2"), "unknown TPU generation 'v5x'"),
     (("--topology", "v5e:2"), "v5e has chips along 2 axes, such as v5e:16x16"),
     (("--topology", "v5e:2x2", "--decode", "8"), "give it like 8x2048"),
+    (("--topology", "v5e:2x2", "--search", "--decode", "8x8"), "takes no --decode"),
+    (("--topology", "v5e:2x2", "--search", "--compile", "-1"), "must not be negative"),
     (("--topology", "v5e:2x2", "--stage", "tran"), "unknown training stage 'tran'"),
     (("--topology", "v5e:2x2", "--html", "no/such/a.html"), "folder does not exist"),
     (

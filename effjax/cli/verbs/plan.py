@@ -10,6 +10,10 @@ Examples:
   effjax plan --config configs/lm_7b.py --config.mesh.preset=tp --topology v5e:2x4 \
     --stage int8 --decode 8x2048
   effjax plan --config configs/lm_7b.py --topology v6e:8x8 --json --html plan.html
+  effjax plan --config configs/lm_7b.py --topology v5e:16x16 --search
+
+With --search every layout (mesh, preset, recomputation, micro-batches) is tried in
+closed form, the best ones are compiled, and the best of them is printed as overrides.
 """
 
 import argparse
@@ -39,34 +43,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="ROWSxTOKENS",
     help="plan a prefill and a decoding step of so many rows instead of training",
   )
+  parser.add_argument(
+    "--search", action="store_true", help="look for the layout with the fastest step"
+  )
+  parser.add_argument(
+    "--compile",
+    type=int,
+    default=6,
+    metavar="N",
+    help="layouts of a search that are compiled, the best first (default: 6)",
+  )
   parser.add_argument("--html", metavar="FILE", help="also write a page")
   parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:
   """Runs the verb."""
-  from effjax.cli import planning
+  from effjax.cli import layouts, planning
   from effjax.measure.pods import chips, planned
   from effjax.report import pods
 
   decode = _decode(args.decode)
+  if args.search and (decode or args.html):
+    other = "--decode" if decode else "--html"
+    raise errors.InputError(f"--search is of training steps, and takes no {other}")
   if args.html and not pathlib.Path(args.html).parent.is_dir():
     raise errors.InputError(f"--html {args.html}: its folder does not exist")
   chips.parse(args.topology)
+  request = planning.Request(
+    config=args.config,
+    overrides=tuple(args.overrides),
+    topology=args.topology,
+    stage=args.stage,
+    decode=decode,
+  )
+  if args.search:
+    found = layouts.search(request, args.compile)
+    print(json.dumps(found.plain(), indent=2) if args.json else found.text())
+    return
   print(
     f"plan: checking the recipe, then compiling it for {args.topology}: a minute or "
     "more, unless the same program was compiled before",
     file=sys.stderr,
   )
-  made = planning.run(
-    planning.Request(
-      config=args.config,
-      overrides=tuple(args.overrides),
-      topology=args.topology,
-      stage=args.stage,
-      decode=decode,
-    )
-  )
+  made = planning.run(request)
   if args.html:
     title = f"{pathlib.Path(args.config).stem} on {args.topology}"
     pathlib.Path(args.html).write_text(pods.page(title, made, planned.notes()), "utf-8")
