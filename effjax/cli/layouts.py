@@ -1,8 +1,9 @@
-"""A search over layouts, as `effjax plan --search` prints it."""
+"""Layouts on slices, as `effjax plan` prints a search over them and their scaling."""
 
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from effjax.cli import planning, pod_search, timing
 from effjax.core import config as core_config
 from effjax.measure.pods import planned
 from effjax.recipe import config as config_lib
+from effjax.recipe import pod_scaling
 from effjax.recipe import pod_search as search_lib
 
 _GB = 1e9
@@ -124,6 +126,41 @@ def search(request: planning.Request, count: int) -> Found:
   )
   checked = pod_search.compile_best(request, ranked, number) if number else []
   return Found(topology=request.topology, ranked=ranked, checked=checked, secs=secs)
+
+
+def scale(
+  request: planning.Request, larger: Sequence[str], plot: str | None
+) -> timing.Table:
+  """Weak scaling of usual presets, from the request's slice to larger ones.
+
+  Args:
+    request: the recipe and the first slice, for which its batch is.
+    larger: the other slices.
+    plot: where to draw the curves, if anywhere.
+
+  Raises:
+    InputError: see pod_scaling.scale.
+  """
+  jax.config.update("jax_platforms", "cpu")
+  config = config_lib.load(request.config, list(request.overrides))
+  names = (request.topology, *larger)
+  points = pod_scaling.scale(config, names, request.stage)
+  table = timing.Table(
+    title=f"weak scaling from {names[0]} to {names[-1]}, in closed form",
+    rows=[point.row() for point in points],
+    notes=[
+      "the batch grows with the chips, so that each keeps its tokens",
+      "chip: computing and memory, ici: links, both at peak rates; step: both, times "
+      "what published runs took longer",
+      "even_tokens: tokens a chip below which sending takes longer than computing; "
+      "-: with any number",
+    ],
+  )
+  if plot:
+    table.draw(
+      timing.Curves(x="chips", ys=("step_secs", "ici_secs"), by="preset"), plot
+    )
+  return table
 
 
 def _layout(rank: int, one: search_lib.Candidate) -> dict[str, Any]:

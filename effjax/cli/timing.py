@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import matplotlib.figure
+import matplotlib.ticker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Table:
         )
       ticks = sorted({row[curves.x] for row in self.rows})
       ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-      ax.minorticks_off()
+      ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
       ax.set_xlabel(curves.x)
       ax.set_ylabel(y)
       ax.grid(alpha=0.3)

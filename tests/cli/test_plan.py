@@ -65,14 +65,40 @@ def test_a_search_ranks_compiles_and_says_what_to_override(config, capsys):
   assert found["overrides"] == found["ranked"][0]["overrides"]
 
 
+def test_batches_grow_with_slices(config, tmp_path, capsys):
+  plot = tmp_path / "scaling.png"
+  argv = ("plan", "--config", config, "--config.mesh.num_devices=None")
+  argv += ("--config.data.batch_size=8", "--topology", "v5e:2x2")
+  code, out, _ = _run(capsys, *argv, "--scale", "v5e:2x4", "--plot", plot, "--json")
+  rows = json.loads(out)
+  assert code == 0 and plot.read_bytes().startswith(b"\x89PNG")
+  assert {row["chips"] for row in rows} == {4, 8}
+  of = {(row["chips"], row["preset"]): row for row in rows}
+  # Each chip computes the same, whatever the slice, if it is split by rows alone.
+  small, large = of[4, "dp"], of[8, "dp"]
+  assert large["chip_secs"] == pytest.approx(small["chip_secs"])
+  assert large["hbm_gb"] == pytest.approx(small["hbm_gb"])
+  assert of[8, "fsdp"]["hbm_gb"] < of[4, "fsdp"]["hbm_gb"]
+  code, _, err = _run(capsys, *argv[:4], "--topology", "v5e:2x4", "--scale", "v5e:4x4")
+  assert code == 2 and "a batch of 2 sequences does not divide among the 8" in err
+
+
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
     (("--topology", "v5x:2x2"), "unknown TPU generation 'v5x'"),
     (("--topology", "v5e:2"), "v5e has chips along 2 axes, such as v5e:16x16"),
     (("--topology", "v5e:2x2", "--decode", "8"), "give it like 8x2048"),
-    (("--topology", "v5e:2x2", "--search", "--decode", "8x8"), "takes no --decode"),
+    (
+      ("--topology", "v5e:2x2", "--search", "--decode", "8x8"),
+      "--search and --decode exclude",
+    ),
     (("--topology", "v5e:2x2", "--search", "--compile", "-1"), "must not be negative"),
+    (
+      ("--topology", "v5e:2x2", "--plot", "a.png"),
+      "--plot draws the curves of --scale",
+    ),
+    (("--topology", "v5e:2x2", "--scale", "v5f:2x4"), "unknown TPU generation 'v5f'"),
     (("--topology", "v5e:2x2", "--stage", "tran"), "unknown training stage 'tran'"),
     (("--topology", "v5e:2x2", "--html", "no/such/a.html"), "folder does not exist"),
     (

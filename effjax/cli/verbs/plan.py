@@ -12,8 +12,12 @@ Examples:
   effjax plan --config configs/lm_7b.py --topology v6e:8x8 --json --html plan.html
   effjax plan --config configs/lm_7b.py --topology v5e:16x16 --search
 
+  effjax plan --config configs/lm_7b.py --config.data.batch_size=64 \
+    --topology v5p:2x2x4 --scale v5p:4x4x4 v5p:4x8x8 v5p:8x8x16 --plot scaling.png
+
 With --search every layout (mesh, preset, recomputation, micro-batches) is tried in
 closed form, the best ones are compiled, and the best of them is printed as overrides.
+With --scale the batch grows with the slice (weak scaling), in closed form.
 """
 
 import argparse
@@ -53,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="N",
     help="layouts of a search that are compiled, the best first (default: 6)",
   )
+  parser.add_argument(
+    "--scale", nargs="+", metavar="NAME", help="weak scaling to these larger slices"
+  )
+  parser.add_argument("--plot", metavar="PNG", help="draw the curves of --scale")
   parser.add_argument("--html", metavar="FILE", help="also write a page")
   parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -64,11 +72,7 @@ def main(args: argparse.Namespace) -> None:
   from effjax.report import pods
 
   decode = _decode(args.decode)
-  if args.search and (decode or args.html):
-    other = "--decode" if decode else "--html"
-    raise errors.InputError(f"--search is of training steps, and takes no {other}")
-  if args.html and not pathlib.Path(args.html).parent.is_dir():
-    raise errors.InputError(f"--html {args.html}: its folder does not exist")
+  _check_together(args)
   chips.parse(args.topology)
   request = planning.Request(
     config=args.config,
@@ -77,6 +81,10 @@ def main(args: argparse.Namespace) -> None:
     stage=args.stage,
     decode=decode,
   )
+  if args.scale:
+    table = layouts.scale(request, args.scale, args.plot)
+    print(json.dumps(table.rows, indent=2) if args.json else table.markdown())
+    return
   if args.search:
     found = layouts.search(request, args.compile)
     print(json.dumps(found.plain(), indent=2) if args.json else found.text())
@@ -94,6 +102,21 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(made["train"] if "train" in made else made, indent=2))
   else:
     print(pods.text(made, planned.notes()))
+
+
+def _check_together(args: argparse.Namespace) -> None:
+  """Raises InputError for flags that do not go together, or files without a folder."""
+  for name in ("html", "plot"):
+    path = getattr(args, name)
+    if path and not pathlib.Path(path).parent.is_dir():
+      raise errors.InputError(f"--{name} {path}: its folder does not exist")
+  alone = [name for name in ("search", "scale", "decode") if getattr(args, name)]
+  if len(alone) > 1:
+    raise errors.InputError(f"--{alone[0]} and --{alone[1]} exclude each other")
+  if args.html and (args.search or args.scale):
+    raise errors.InputError("--html is a page of one plan: leave out --" + alone[0])
+  if args.plot and not args.scale:
+    raise errors.InputError("--plot draws the curves of --scale, which is not given")
 
 
 def _decode(given: str | None) -> tuple[int, int] | None:
