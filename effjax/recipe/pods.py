@@ -10,7 +10,7 @@ from effjax.infer import lowering as serving
 from effjax.measure import flops
 from effjax.measure.pods import chips, compiled, planned
 from effjax.parallel import spread as spread_lib
-from effjax.parallel import topology
+from effjax.parallel import rules, topology
 from effjax.recipe import config as config_lib
 from effjax.recipe import plan as plan_lib
 from effjax.train import lowering
@@ -39,9 +39,23 @@ def training(
   if stage is not None and stage not in names:
     raise errors.unknown("training stage", stage, names)
   index = [s.name for s in config.stages].index(stage or names[0])
-  spread = topology.spread(topology_name, config.mesh)
+  spread = _spread(config, topology_name)
   plan = plan_lib.make(_up_to(config, index), spread)
   return plan.steps(index), spread
+
+
+def _spread(config: config_lib.Config, name: str) -> spread_lib.Spread:
+  """The mesh of a recipe over a whole slice, or the part of it that is asked for."""
+  spread = topology.spread(name, config.mesh)
+  present = chips.parse(name).num_chips
+  core_config.require(
+    config.mesh.num_devices is not None or spread.mesh.size == present,
+    f"mesh.shape {dict(config.mesh.shape)} of preset {config.mesh.preset!r} takes "
+    f"{spread.mesh.size} of the {present} chips of {name}: choose sizes whose product "
+    f"is {present}, or leave out the one that should take what is left "
+    f"({rules.find(config.mesh.preset).main_axis})",
+  )
+  return spread
 
 
 def plan_training(
@@ -113,7 +127,7 @@ def plan_serving(
   names = [s.name for s in config.stages]
   if stage is not None and stage not in names:
     raise errors.unknown("stage", stage, names)
-  spread = topology.spread(topology_name, config.mesh)
+  spread = _spread(config, topology_name)
   index = -1 if stage is None else names.index(stage)
   plan = plan_lib.make(_up_to(config, index), spread)
   made = plan.start(0) if stage is None else plan.outcomes[index]

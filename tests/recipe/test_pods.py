@@ -194,6 +194,7 @@ def test_prefill_and_decoding_of_what_a_stage_makes():
     ((), "v5e:3x5", "libtpu knows no topology 'v5e:3x5'"),
     (("mesh.preset=fsdp+tp", "mesh.shape.tensor=3"), "v5e:2x2", "product divides 4"),
     (("mesh.preset=tp", "mesh.num_devices=8"), "v5e:2x2", "use at most 4"),
+    (("mesh.shape.fsdp=2",), "v5e:2x2", "takes 2 of the 4 chips of v5e:2x2"),
     (("data.batch_size=6",), "v5e:2x2", "make batch_size a multiple of 4"),
   ],
 )
