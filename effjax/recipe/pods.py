@@ -9,8 +9,8 @@ from effjax.core import precision as precision_lib
 from effjax.infer import lowering as serving
 from effjax.measure import flops
 from effjax.measure.pods import chips, compiled, planned
-from effjax.parallel import spread as spread_lib
 from effjax.parallel import rules, topology
+from effjax.parallel import spread as spread_lib
 from effjax.recipe import config as config_lib
 from effjax.recipe import plan as plan_lib
 from effjax.train import lowering
