@@ -67,9 +67,11 @@ def run(request: Request) -> dict[str, dict[str, Any]]:
 
 
 def _answer(request: Request) -> dict[str, Any]:
+  from effjax.measure.pods import compiled
   from effjax.recipe import config as config_lib
   from effjax.recipe import pods
 
+  compiled.forget_locations()
   config = config_lib.load(request.config, list(request.overrides))
   if request.decode is not None:
     made = pods.plan_serving(config, request.topology, request.stage, *request.decode)

@@ -19,6 +19,10 @@ _MEMORY = {
   "temporary": "temporary",
   "other": "other",
 }
+_HINT = (
+  "hint",
+  "--search finds a layout that fits, or the smallest slice that could hold the model",
+)
 Made = Mapping[str, Any]
 
 
@@ -36,6 +40,8 @@ def facts(name: str, made: Made) -> list[tuple[str, str]]:
     ("fits", f"{verdict}: {used:.2f} of {limit:.2f} GB a chip"),
     ("memory", ", ".join(f"{label} {gb:.2f}" for label, gb in memory(made)) + " GB"),
   ]
+  if not made["fits"]:
+    lines.append(_HINT)
   if made["step_secs"] is None:
     return [*lines, ("time", "not known: the compiler stops where memory ends")]
   low, high = made["step_range_secs"]
@@ -48,7 +54,8 @@ def facts(name: str, made: Made) -> list[tuple[str, str]]:
     ),
   ]
   if made["mfu"] is not None:
-    lines.append(("MFU", f"{100 * made['mfu']:.1f} %"))
+    low, high = (100 * mfu for mfu in made["mfu_range"])
+    lines.append(("MFU", f"{100 * made['mfu']:.1f} % ({low:.1f} to {high:.1f})"))
   lines += [
     ("FLOPs a chip", f"{made['flops'] / 1e12:,.2f} T"),
     ("HBM traffic", f"{made['hbm_traffic_bytes'] / _GB:,.2f} GB a chip"),

@@ -220,7 +220,8 @@ def test_whole_configs_fit_as_they_say(name):
   used, limit = made.hbm_bytes / GB, made.hbm_limit_bytes / GB
   assert made.fits and said == (
     f"{used:.2f} of {limit:.2f} GB a chip, {made.step_secs:.2f} s a step, "
-    f"MFU {100 * made.mfu:.1f} %"
+    f"MFU {100 * made.mfu:.1f} % "
+    f"({100 * made.mfu_range[0]:.1f} to {100 * made.mfu_range[1]:.1f})"
   )
   assert {field.name for field in dataclasses.fields(made)} >= {
     "fits",

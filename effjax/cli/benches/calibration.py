@@ -25,6 +25,7 @@ def bench(quick: bool = False) -> timing.Table:
   Raises:
     InputError: libtpu is not installed.
   """
+  compiled.forget_locations()
   runs = published.RUNS
   if quick:
     small = {"num_layers": 2, "width": 512, "hidden_dim": 1024, "num_heads": 4}

@@ -42,6 +42,15 @@ class Compiled:
   compile_secs: float
 
 
+def forget_locations() -> None:
+  """Leaves out of programs, from here on, where in the code they were written.
+
+  Kernels carry it along, so that one program would be compiled again for each place
+  that it is asked for from.
+  """
+  jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
 def compiled(lowered: jax.stages.Lowered) -> Compiled:
   """Compiles a program so that its collectives can be counted, or finds it compiled.
 

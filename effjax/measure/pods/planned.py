@@ -32,7 +32,7 @@ class Planned:
       took longer (see calibration).
     step_range_secs: the same, from the fastest to the slowest published run.
     best_secs: every collective hidden, nothing corrected.
-    mfu: model FLOPs utilization, from `step_secs`.
+    mfu, mfu_range: model FLOPs utilization, from `step_secs` and `step_range_secs`.
     collectives: by kind: `count`, `num_bytes`, `wire_bytes` and `secs`.
     collective_bytes: that a chip sends.
     unknown_kernels: kernels whose FLOPs are counted as none.
@@ -56,6 +56,7 @@ class Planned:
   step_range_secs: tuple[float, float] | None = None
   best_secs: float | None = None
   mfu: float | None = None
+  mfu_range: tuple[float, float] | None = None
   collectives: dict[str, Row] = dataclasses.field(default_factory=dict)
   collective_bytes: float | None = None
   unknown_kernels: tuple[str, ...] = ()
@@ -100,7 +101,9 @@ def of(
   named = given + sum(stacked.values())
   ratios = calibration.ratios()
   secs = cost.step_secs * ratios.mean
+  span = (cost.step_secs * ratios.low, cost.step_secs * ratios.high)
   peak = slice_.chip.flops * spread.mesh.size
+  used = lambda secs: model_flops / (secs * peak)
   return Planned(
     fits=program.peak_bytes <= limit,
     hbm_bytes=program.peak_bytes,
@@ -111,9 +114,10 @@ def of(
     hbm_secs=cost.hbm_secs,
     ici_secs=cost.ici_secs,
     step_secs=secs,
-    step_range_secs=(cost.step_secs * ratios.low, cost.step_secs * ratios.high),
+    step_range_secs=span,
     best_secs=cost.best_secs,
-    mfu=model_flops / (secs * peak) if model_flops else None,
+    mfu=used(secs) if model_flops else None,
+    mfu_range=(used(span[1]), used(span[0])) if model_flops else None,
     collectives=_by_kind(cost.sent, wiring),
     collective_bytes=sum(one.wire_bytes for one in cost.sent),
     unknown_kernels=cost.unknown,
