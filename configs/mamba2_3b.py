@@ -10,7 +10,7 @@ backward pass.
 The corpus here is only a placeholder; give your own, of a size that fits the steps.
 
 Plan:    effjax plan --config configs/mamba2_3b.py --topology v5e:8x8
-Planned: 13.94 of 16.91 GB a chip, 4.75 s a step, MFU 35.6 %
+Planned: 13.94 of 16.91 GB a chip, 4.75 s a step, MFU 35.6 % (33.4 to 37.4)
 Command: effjax run --config configs/mamba2_3b.py    (on every host of such a slice)
 """
 
