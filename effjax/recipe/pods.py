@@ -63,7 +63,7 @@ def plan_training(
 ) -> planned.Planned:
   """Compiles the step of a stage that trains; see `training`."""
   steps, spread = training(config, topology_name, stage)
-  program = compiled.compiled(steps.lower(spread))
+  program = compiled.compiled(steps.lower(spread), topology_name)
   return planned.of(
     program,
     spread,
@@ -141,7 +141,9 @@ def plan_serving(
   arguments = served.held_bytes(spread)
   model = _dropless(made.model)
   per_token = flops.per_token(model, made.params, max_len).theoretical
-  prefill, step = (compiled.compiled(p) for p in served.lower(spread))
+  prefill, step = (
+    compiled.compiled(program, topology_name) for program in served.lower(spread)
+  )
   needed = {"prefill": per_token * rows * max_len, "decode": None}
   return {
     name: planned.of(program, spread, slice_, arguments, needed[name])

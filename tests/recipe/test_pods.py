@@ -66,7 +66,7 @@ def sharded():
   """Fully sharded over 16 v5e chips, two sequences each."""
   config = small("data.batch_size=32")
   steps, spread = pods.training(config, "v5e:4x4")
-  program = compiled.compiled(steps.lower(spread))
+  program = compiled.compiled(steps.lower(spread), "v5e:4x4")
   made = planned.of(
     program,
     spread,
@@ -140,9 +140,12 @@ def test_the_program_does_not_grow_with_depth_and_is_kept(sharded, monkeypatch):
   deep = pods.plan_training(config, "v5e:4x4")
   assert deep.program_bytes < 1.05 * len(program.text)
   assert deep.memory["activations"] == 12 * (2 * 2048 * 1024 * 2)
-  monkeypatch.setattr(compiled, "_compile", None)
+  monkeypatch.setattr(compiled, "_compile", lambda lowered: program)
   again = pods.plan_training(config, "v5e:4x4")
   assert again == deep
+  # Another generation's program is another one, though it is asked for alike.
+  other = pods.plan_training(config, "v6e:4x4")
+  assert other.program_bytes == len(program.text) != deep.program_bytes
 
 
 def test_tensor_parallelism_on_another_generation():

@@ -55,7 +55,7 @@ def _row(run: published.Run) -> dict[str, Any]:
     batch_size=run.rows * spread.mesh.size,
     length=published.LENGTH,
   )
-  program = compiled.compiled(steps.lower(spread))
+  program = compiled.compiled(steps.lower(spread), run.topology)
   wiring = links.of_mesh(slice_, spread.mesh)
   cost = roofline.of(hlo.read(program.text), wiring)
   return {

@@ -51,16 +51,17 @@ def forget_locations() -> None:
   jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
-def compiled(lowered: jax.stages.Lowered) -> Compiled:
+def compiled(lowered: jax.stages.Lowered, topology_name: str) -> Compiled:
   """Compiles a program so that its collectives can be counted, or finds it compiled.
 
   Args:
     lowered: for the chips of a topology.
+    topology_name: of that topology, which the program itself does not tell.
 
   Raises:
     JaxRuntimeError: the compiler fails for another reason than memory.
   """
-  path = cache.folder() / "pods" / f"{_key(lowered)}.json.gz"
+  path = cache.folder() / "pods" / f"{_key(lowered, topology_name)}.json.gz"
   if path.exists():
     return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
   found = _compile(lowered)
@@ -95,8 +96,12 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
   )
 
 
-def _key(lowered: jax.stages.Lowered) -> str:
-  parts: list[Any] = [lowered.as_text(), sorted(topology.COUNTABLE.items())]
+def _key(lowered: jax.stages.Lowered, topology_name: str) -> str:
+  parts: list[Any] = [
+    topology_name,
+    lowered.as_text(),
+    sorted(topology.COUNTABLE.items()),
+  ]
   parts += [metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

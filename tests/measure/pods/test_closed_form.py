@@ -213,7 +213,7 @@ def test_estimates_are_near_what_the_compiler_makes(preset, shape, remat):
   ours = closed_form.Estimate(
     laid=laid.Laid(found, spread), facts=found, micro_batches=1, slice=SLICE
   )
-  program = compiled.compiled(wanted.lower(spread))
+  program = compiled.compiled(wanted.lower(spread), SLICE.name)
   held = wanted.held_bytes(spread)
   theirs = planned.of(program, spread, SLICE, held, found.model_flops)
   memory = theirs.memory["activations"]
