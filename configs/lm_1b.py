@@ -5,7 +5,9 @@ of 64, an MLP of 8192, 128,256 tokens of vocabulary that the output head shares;
 tokens a sequence, half a million a batch. Everything is sharded over all chips
 (ZeRO-3), and each layer is recomputed in the backward pass.
 
-The corpus here is only a placeholder; give your own, of a size that fits the steps.
+The corpus, Python's own library, needs no download and is far too small for so many
+steps: give your own, such as --config.data.corpus=parquet (`effjax list corpora`) with
+its files in --config.data.options.paths.
 
 Plan:    effjax plan --config configs/lm_1b.py --topology v5e:4x4
 Planned: 15.67 of 16.91 GB a chip, 2.25 s a step, MFU 61.5 % (57.5 to 64.5)

@@ -5,7 +5,9 @@ heads, an MLP of 11,008, a vocabulary of 32,000, 4096 tokens a sequence, four mi
 batch. Everything is sharded over all chips (ZeRO-3), and each layer is recomputed in
 the backward pass.
 
-The corpus here is only a placeholder; give your own, of a size that fits the steps.
+The corpus, Python's own library, needs no download and is far too small for so many
+steps: give your own, such as --config.data.corpus=parquet (`effjax list corpora`) with
+its files in --config.data.options.paths.
 
 Plan:    effjax plan --config configs/lm_7b.py --topology v5e:16x16
 Planned: 9.17 of 16.91 GB a chip, 5.79 s a step, MFU 62.2 % (58.2 to 65.2)

@@ -7,7 +7,9 @@ twice the width; 50,280 tokens of vocabulary, 4096 tokens a sequence, a million 
 Everything is sharded over all chips (ZeRO-3), and each layer is recomputed in the
 backward pass.
 
-The corpus here is only a placeholder; give your own, of a size that fits the steps.
+The corpus, Python's own library, needs no download and is far too small for so many
+steps: give your own, such as --config.data.corpus=parquet (`effjax list corpora`) with
+its files in --config.data.options.paths.
 
 Plan:    effjax plan --config configs/mamba2_3b.py --topology v5e:8x8
 Planned: 13.94 of 16.91 GB a chip, 4.75 s a step, MFU 35.6 % (33.4 to 37.4)

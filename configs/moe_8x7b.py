@@ -7,7 +7,9 @@ batch. Experts lie on eight groups of chips, everything is sharded over the chip
 group, and each layer is recomputed in the backward pass. An expert takes at most 1.25
 times its even share (the paper's drops nothing).
 
-The corpus here is only a placeholder; give your own, of a size that fits the steps.
+The corpus, Python's own library, needs no download and is far too small for so many
+steps: give your own, such as --config.data.corpus=parquet (`effjax list corpora`) with
+its files in --config.data.options.paths.
 
 Plan:    effjax plan --config configs/moe_8x7b.py --topology v5p:4x4x4
 Planned: 26.49 of 102.80 GB a chip, 5.71 s a step, MFU 50.1 % (46.9 to 52.5)

@@ -11,8 +11,19 @@ import dataclasses
 from typing import Any
 
 from effjax.cli import timing
-from effjax.measure.pods import chips, compiled, links, published, roofline
+from effjax.measure.pods import (
+  chips,
+  closed_form,
+  compiled,
+  laid,
+  links,
+  published,
+  roofline,
+  traced,
+)
 from effjax.parallel import hlo, topology
+from effjax.parallel import mesh as mesh_lib
+from effjax.parallel import spread as spread_lib
 from effjax.train import lowering
 
 
@@ -38,6 +49,7 @@ def bench(quick: bool = False) -> timing.Table:
       "predicted: each instruction the longer of FLOPs and bytes at peak rates, then "
       "collectives, none hidden; best: all of a loop body's hidden behind it",
       "ratio: measured / predicted, best_ratio: measured / best",
+      "closed: in closed form, against predicted_secs and hbm_gb",
       "32B on v5p-128: of 6 sequences a chip, as the 7 of the published run need 1.6 "
       "GiB more than there are in this program; time per token is compared",
       "measured: MaxText's FLOPs (attention as if nothing was masked) over the "
@@ -58,6 +70,7 @@ def _row(run: published.Run) -> dict[str, Any]:
   program = compiled.compiled(steps.lower(spread), run.topology)
   wiring = links.of_mesh(slice_, spread.mesh)
   cost = roofline.of(hlo.read(program.text), wiring)
+  closed = _closed_form(steps, spread, slice_)
   return {
     "run": run.name,
     "topology": run.topology,
@@ -73,7 +86,19 @@ def _row(run: published.Run) -> dict[str, Any]:
     "measured_secs": run.secs,
     "ratio": run.secs / cost.step_secs,
     "best_ratio": run.secs / cost.best_secs,
+    "closed_secs": closed.chip_secs + closed.ici_secs,
+    "closed_hbm_gb": closed.hbm_bytes / 1e9,
   }
+
+
+def _closed_form(
+  steps: lowering.Steps, spread: spread_lib.Spread, slice_: chips.Slice
+) -> closed_form.Estimate:
+  """The same step without compiling it."""
+  one = topology.spread(slice_.name, mesh_lib.MeshConfig(num_devices=1))
+  facts = traced.facts(steps, one, model_flops=0.0)
+  lies = laid.Laid(facts, spread)
+  return closed_form.Estimate(laid=lies, facts=facts, micro_batches=1, slice=slice_)
 
 
 TECHNIQUE = bench
